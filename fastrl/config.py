@@ -1,0 +1,339 @@
+"""Settings of every stage: frozen dataclasses, a sentence under each field, checks on creation.
+
+`SFTConfig`, `RewardConfig` and `PPOConfig` are what the trainers take. The `*Run` classes add the
+names (models, files, folders) that a command line or a recipe gives; `fastrl.pipeline` turns the
+names into objects. Values marked *paper* are those of Ouyang et al. 2022 (arXiv 2203.02155).
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastrl.errors import ConfigError
+
+
+def check(condition: bool, field: str, expected: str, value: object) -> None:
+    """Raise ConfigError when a field's value is out of bounds."""
+    if not condition:
+        raise ConfigError(f"{field}: expected {expected}, got {value!r}; change {field}")
+
+
+def _positive(config: object, names: Iterable[str]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        check(value is None or value > 0, name, "a number above 0", value)
+
+
+def _not_negative(config: object, names: Iterable[str]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        check(value is None or value >= 0, name, "a number of at least 0", value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    """How the engine draws tokens."""
+
+    temperature: float = 1.0
+    """Divides the logits before sampling; paper: 1."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens with at least this probability; 1 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the most likely one; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens seen before; 1 is off."""
+    greedy: bool = False
+    """Take the most likely token instead of sampling."""
+    max_new_tokens: int = 128
+    """Longest response, in tokens."""
+    min_new_tokens: int = 0
+    """No stop token before this many tokens."""
+    stop_token_ids: tuple[int, ...] | None = None
+    """Tokens that end a response; None takes the model's own end-of-text tokens."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a response; the text itself is kept in the tokens."""
+    logprobs: Literal["processed", "raw"] = "processed"
+    """Log-probs of the distribution drawn from, or of the model's own (temperature only)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, ("temperature", "max_new_tokens", "repetition_penalty"))
+        _not_negative(self, ("top_k", "min_new_tokens"))
+        check(0 < self.top_p <= 1, "top_p", "a number above 0 and at most 1", self.top_p)
+        check(0 <= self.min_p < 1, "min_p", "a number from 0 to below 1", self.min_p)
+        check(self.min_new_tokens <= self.max_new_tokens, "min_new_tokens",
+              f"at most max_new_tokens ({self.max_new_tokens})", self.min_new_tokens)
+
+    @property
+    def is_truncated(self) -> bool:
+        """True when some tokens can never be drawn, or logits depend on earlier tokens."""
+        return (self.greedy or self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+                or self.repetition_penalty != 1 or self.min_new_tokens > 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """The rollout engine's sizes."""
+
+    page_size: int = 16
+    """Tokens per page of the KV cache."""
+    num_pages: int | None = None
+    """Pages of the KV cache; None makes room for `max_batch_size` sequences of the request."""
+    max_batch_size: int = 256
+    """Sequences decoded together."""
+    max_prefill_tokens: int = 8192
+    """Prompt tokens processed in one forward pass."""
+    share_prefix: bool = True
+    """Samples of one prompt share the pages of the prompt."""
+
+    def __post_init__(self) -> None:
+        _positive(self, ("page_size", "num_pages", "max_batch_size", "max_prefill_tokens"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """What every trainer needs."""
+
+    seed: int = 0
+    """Seeds data order, dropout, new heads and sampling."""
+    learning_rate: float = 1e-5
+    """Peak learning rate of AdamW."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment; paper: 0.9."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment; paper: 0.95."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are scaled down to this global norm; None never clips."""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Shape after warmup: constant, cosine to `min_lr_ratio`, or linear to `min_lr_ratio`."""
+    min_lr_ratio: float = 0.1
+    """Last learning rate as a share of the peak; paper: 0.1 for SFT and reward models."""
+    warmup_steps: int = 0
+    """Steps of linear warmup; paper: 0 for SFT, 10 iterations for PPO."""
+    warmup_start_ratio: float = 0.1
+    """First learning rate of the warmup as a share of the peak; paper: 0.1."""
+    max_tokens_per_microbatch: int = 8192
+    """Token budget of one forward and backward pass; never changes the result."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; auto takes a GPU when there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."""
+    logging_steps: int = 1
+    """Write metrics every so many steps."""
+    report_to: tuple[str, ...] = ()
+    """Extra metric sinks beside metrics.jsonl: tensorboard."""
+
+    def __post_init__(self) -> None:
+        _positive(self, ("learning_rate", "adam_epsilon", "max_grad_norm",
+                         "max_tokens_per_microbatch", "logging_steps"))
+        _not_negative(self, ("weight_decay", "warmup_steps", "seed"))
+        for name in ("adam_beta1", "adam_beta2"):
+            check(0 <= getattr(self, name) < 1, name, "a number from 0 to below 1",
+                  getattr(self, name))
+        for name in ("min_lr_ratio", "warmup_start_ratio"):
+            check(0 <= getattr(self, name) <= 1, name, "a number from 0 to 1", getattr(self, name))
+        for sink in self.report_to:
+            check(sink == "tensorboard", "report_to", "only 'tensorboard'", sink)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning on demonstrations, and pretraining on plain text."""
+
+    learning_rate: float = 9.65e-6
+    """Peak learning rate; paper: 9.65e-6 for 1.3B and 6B."""
+    batch_size: int = 32
+    """Examples per optimiser step (packed rows when `packing` is on); paper: 32."""
+    num_epochs: int = 16
+    """Passes over the data; paper: 16 (2 for the model that PPO starts from)."""
+    max_steps: int | None = None
+    """Stop after this many steps; None follows num_epochs."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Tokens that count: the completion (in conversations: assistant turns), or all of them."""
+    max_seq_tokens: int = 2048
+    """Longest example; longer ones are dropped and counted; paper: 2048."""
+    packing: bool = False
+    """Fill rows of `max_seq_tokens` with whole examples, so that each step has equal tokens."""
+    residual_dropout: float = 0.2
+    """Dropout on the output of attention and MLP blocks; paper: 0.2."""
+    ptx_ratio: float = 0.0
+    """Pretraining windows per example in each step; paper: 0.1 for the model PPO starts from."""
+    ptx_coef: float = 1.0
+    """Weight of the pretraining loss beside the demonstration loss."""
+    eval_steps: int | None = None
+    """Evaluate every so many steps; None: at the end of each epoch."""
+    select_by: Literal["last", "loss", "reward"] = "loss"
+    """Checkpoint to keep: the last, lowest held-out loss, or highest reward-model score; paper:
+    reward. Without a reward model yet, candidates are kept and selected after the reward stage."""
+    num_candidates: int = 4
+    """Checkpoints kept for selection by reward."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        _positive(self, ("batch_size", "num_epochs", "max_steps", "max_seq_tokens", "eval_steps",
+                         "num_candidates"))
+        _not_negative(self, ("ptx_ratio", "ptx_coef"))
+        check(0 <= self.residual_dropout < 1, "residual_dropout", "a number from 0 to below 1",
+              self.residual_dropout)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardConfig(TrainConfig):
+    """Reward model from rankings."""
+
+    learning_rate: float = 9e-6
+    """Peak learning rate; paper: 9e-6."""
+    batch_size: int = 64
+    """Prompts per optimiser step, each with all of its pairs; paper: 64."""
+    num_epochs: int = 1
+    """Passes over the data; paper: 1, more overfit."""
+    max_steps: int | None = None
+    """Stop after this many steps; None follows num_epochs."""
+    max_seq_tokens: int = 2048
+    """Longest prompt + completion; longer ones lose the beginning of the prompt, counted."""
+    ties: Literal["kept_pairs", "all_pairs"] = "kept_pairs"
+    """Tied pairs are dropped; divide a prompt's loss by the pairs kept, or by all C(K,2)."""
+    shift_to_demonstrations: bool = True
+    """Set the bias so that demonstrations have mean reward 0; paper: on."""
+    eval_steps: int | None = None
+    """Evaluate every so many steps; None: only at the end."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        _positive(self, ("batch_size", "num_epochs", "max_steps", "max_seq_tokens", "eval_steps"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PPOConfig(TrainConfig):
+    """PPO and PPO-ptx against a scorer, with a per-token KL penalty to a reference."""
+
+    learning_rate: float = 2.55e-6
+    """Peak learning rate of the policy; paper: a scan of 2.55e-6 to 2.55e-5."""
+    critic_learning_rate: float = 9e-6
+    """Peak learning rate of the critic; paper: 9e-6."""
+    adam_epsilon: float = 1e-5
+    """Added to the root of the second moment; 1e-5 in RL code of this family."""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape after warmup; paper: constant."""
+    warmup_steps: int = 10
+    """*Iterations* of linear warmup from `warmup_start_ratio`; paper: 10."""
+    max_grad_norm: float | None = 1.0
+    """Clip norm of the policy's gradient."""
+    critic_max_grad_norm: float | None = 1.0
+    """Clip norm of the critic's gradient."""
+    num_iterations: int = 500
+    """Rollouts to make; paper: 256k episodes / 512 = 500."""
+    rollout_batch_size: int = 512
+    """Responses per iteration; paper: 512."""
+    minibatch_size: int = 64
+    """Responses per optimiser step; paper: 64."""
+    num_inner_epochs: int = 1
+    """Passes over each rollout; paper: 1."""
+    num_samples_per_prompt: int = 1
+    """Responses per prompt in one rollout; paper: 1."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How responses are drawn; paper: temperature 1, nothing truncated."""
+    engine: EngineConfig = EngineConfig()
+    """Sizes of the rollout engine."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted; paper: 1024."""
+    kl_coef: float = 0.02
+    """beta, weight of the per-token KL penalty, in units of the reward; paper: 0.02."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the KL that is subtracted from the reward; paper: k1."""
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    """Keep beta, or steer KL to `kl_target` (Ziegler et al. 2019); paper: fixed."""
+    kl_target: float = 6.0
+    """Target of the adaptive controller, nats per response."""
+    kl_horizon: float = 10000.0
+    """Time constant of the adaptive controller, in episodes."""
+    gamma: float = 1.0
+    """Discount; paper: 1."""
+    lam: float = 0.95
+    """Trace decay of GAE; 0.95 in Ziegler et al. and Stiennon et al., the paper is silent."""
+    clip_range: float = 0.2
+    """Clip range of the probability ratio; paper: 0.2."""
+    value_clip_range: float | None = 0.2
+    """Clip range of the value change; None: no clipping."""
+    value_coef: float = 1.0
+    """Weight of the value loss (own optimiser, so it scales the critic's gradient only)."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus in the policy loss."""
+    whiten_rewards: bool = False
+    """Whiten shaped rewards over the batch, mean kept."""
+    whiten_advantages: bool = True
+    """Whiten advantages over the batch."""
+    reward_clip: float | None = None
+    """Scores are clipped to [-reward_clip, reward_clip] before shaping; None: not clipped."""
+    missing_eos_penalty: float | None = -1.0
+    """Score of a response that did not stop, in place of the model's; None: off."""
+    critic_init: Literal["reward", "policy"] = "reward"
+    """The critic starts from the reward model, or from the policy with a zero head."""
+    num_critic_warmup_iterations: int = 0
+    """First iterations that train the critic only."""
+    max_approx_kl: float | None = None
+    """Skip the rest of an iteration's update once approximate KL passes this; None: never."""
+    max_kl: float | None = None
+    """Stop the run when KL to the reference passes this, nats per response; None: never."""
+    ema_decay: float | None = 0.992
+    """Decay of the moving average of policy weights per optimiser step; None: off; paper: 0.992."""
+    ptx_coef: float = 0.0
+    """Weight of the pretraining loss (mean over tokens); 0 is PPO; paper: 27.8 for PPO-ptx."""
+    ptx_ratio: float = 8.0
+    """Pretraining windows per response; paper: 8."""
+    eval_steps: int | None = 50
+    """Evaluate on held-out prompts every so many iterations; None: never."""
+    num_eval_prompts: int = 128
+    """Held-out prompts of an evaluation."""
+    eval_with_ema: bool = True
+    """Evaluate and save the moving average of the weights, where there is one."""
+    keep_best: bool = True
+    """Keep the checkpoint with the best held-out score minus beta times KL."""
+    logprob_tolerance: float = 1e-4
+    """Largest accepted difference between rollout and update log-probs of sampled rows; above
+    it the iteration recomputes old log-probs and warns."""
+    num_logprob_checks: int = 8
+    """Responses of each iteration recomputed with the update's forward for that test."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        _positive(self, ("critic_learning_rate", "critic_max_grad_norm", "num_iterations",
+                         "rollout_batch_size", "minibatch_size", "num_inner_epochs",
+                         "num_samples_per_prompt", "max_prompt_tokens", "kl_target", "kl_horizon",
+                         "clip_range", "value_clip_range", "reward_clip", "max_approx_kl",
+                         "max_kl", "eval_steps", "num_eval_prompts", "logprob_tolerance"))
+        _not_negative(self, ("kl_coef", "value_coef", "entropy_coef", "ptx_coef", "ptx_ratio",
+                             "num_critic_warmup_iterations", "num_logprob_checks"))
+        for name in ("gamma", "lam"):
+            check(0 <= getattr(self, name) <= 1, name, "a number from 0 to 1", getattr(self, name))
+        check(self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay",
+              "None or a number from 0 to below 1", self.ema_decay)
+        check(self.rollout_batch_size % self.minibatch_size == 0, "minibatch_size",
+              f"a divisor of rollout_batch_size ({self.rollout_batch_size})", self.minibatch_size)
+        check(self.rollout_batch_size % self.num_samples_per_prompt == 0,
+              "num_samples_per_prompt",
+              f"a divisor of rollout_batch_size ({self.rollout_batch_size})",
+              self.num_samples_per_prompt)
+        check(not self.sampling.is_truncated or self.sampling.logprobs == "raw", "sampling",
+              "plain sampling (no top_k, top_p, min_p, penalty, min_new_tokens or greedy): "
+              "truncated samples cannot have ratio 1 in the update; to use them all the same set "
+              "sampling.logprobs to raw", self.sampling)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain nested values, ready for YAML or JSON."""
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return value
+
+    result: dict[str, Any] = plain(dataclasses.asdict(config))
+    return result

@@ -1,0 +1,1 @@
+"""Kernels for fastrl: Triton and thin callers of the CUDA extension."""

@@ -1,0 +1,1 @@
+"""Thin callers of the compiled CUDA ops, one file per op."""
