@@ -1,0 +1,341 @@
+"""One dataclass per stage of a recipe: the trainer's settings plus the names of its inputs.
+
+`fastrl.config` holds what a trainer takes; the classes here add models, files and folders, as a
+command line or a recipe gives them. `fastrl.stages` turns the names into objects. Paths are
+strings; a tuple of paths is read in order, as one data set.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastrl.config import (
+    EngineConfig,
+    PPOConfig,
+    RewardConfig,
+    SamplingConfig,
+    SFTConfig,
+    check,
+)
+
+Device = str
+Dtype = Literal["auto", "float32", "bfloat16", "float64"]
+
+
+def _check_positive(run: object, *names: str) -> None:
+    for name in names:
+        value = getattr(run, name)
+        check(value is None or value > 0, name, "a number above 0", value)
+
+
+def _check_fraction(run: object, name: str) -> None:
+    value = getattr(run, name)
+    check(0 <= value < 1, name, "a share from 0 to below 1", value)
+
+
+def _check_files(run: object, *names: str) -> None:
+    for name in names:
+        value = getattr(run, name)
+        check(len(value) > 0, name, "at least one file", value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainRun(SFTConfig):
+    """Train a tokenizer (unless one is given) and a small decoder from scratch on plain text."""
+
+    output_dir: str
+    """Folder of this run; it must not hold another run."""
+    data: tuple[str, ...]
+    """Text files (.txt, .txt.gz), paragraphs separated by blank lines."""
+    eval_data: tuple[str, ...] = ()
+    """Held-out text files."""
+    tokenizer_name_or_path: str | None = None
+    """Folder with a tokenizer; None trains a byte-level BPE tokenizer on `data`."""
+    tokenizer_data: tuple[str, ...] = ()
+    """More files (text or rows) that the tokenizer is trained on."""
+    vocab_size: int = 4096
+    """Entries of the trained tokenizer, special tokens included."""
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox"] = "llama"
+    """Architecture of the new decoder."""
+    hidden_size: int = 256
+    """Width of the decoder."""
+    num_layers: int = 4
+    """Blocks of the decoder."""
+    num_heads: int = 8
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key and value heads; None: as many as query heads."""
+    intermediate_size: int | None = None
+    """Width inside the MLP; None: 8/3 of `hidden_size`, rounded up to a multiple of 8."""
+    max_positions: int = 1024
+    """Longest sequence the decoder can read."""
+    window_tokens: int = 256
+    """Tokens of one training window."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    num_epochs: int = 1
+    """Passes over the text."""
+    loss_on: Literal["completion", "all"] = "all"
+    """Every token of a window is a target."""
+    residual_dropout: float = 0.0
+    """Dropout on the output of attention and MLP blocks."""
+    select_by: Literal["last", "loss", "reward"] = "last"
+    """Checkpoint to keep: the last, or the one with the lowest held-out loss."""
+
+    def __post_init__(self) -> None:
+        SFTConfig.__post_init__(self)
+        _check_files(self, "data")
+        _check_positive(self, "vocab_size", "hidden_size", "num_layers", "num_heads",
+                        "num_kv_heads", "intermediate_size", "max_positions")
+        check(self.window_tokens >= 2, "window_tokens", "at least 2", self.window_tokens)
+        check(self.window_tokens <= self.max_positions, "window_tokens",
+              f"at most max_positions ({self.max_positions})", self.window_tokens)
+        check(self.loss_on == "all", "loss_on", "'all' when pretraining", self.loss_on)
+        check(self.select_by != "reward", "select_by", "'last' or 'loss' when pretraining",
+              self.select_by)
+        check(self.select_by == "last" or bool(self.eval_data), "eval_data",
+              "held-out text, because select_by is 'loss'", self.eval_data)
+        check(self.ptx_ratio == 0, "ptx_ratio", "0 when pretraining", self.ptx_ratio)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SFTRun(SFTConfig):
+    """Supervised fine-tuning of a model folder on demonstration files."""
+
+    model_name_or_path: str
+    """Folder of the model to start from."""
+    output_dir: str
+    """Folder of this run; it must not hold another run."""
+    data: tuple[str, ...]
+    """Demonstrations: rows with `prompt` + `completion`, or `messages`."""
+    eval_data: tuple[str, ...] = ()
+    """Held-out demonstrations."""
+    eval_fraction: float = 0.05
+    """Share of the prompts held out when `eval_data` is empty; split by prompt, never by row."""
+    ptx_data: tuple[str, ...] = ()
+    """Text files for the pretraining mix."""
+    ptx_window_tokens: int = 256
+    """Tokens of one pretraining window."""
+    reward_model: str | None = None
+    """Reward model that selects the checkpoint when `select_by` is 'reward'."""
+
+    def __post_init__(self) -> None:
+        SFTConfig.__post_init__(self)
+        _check_files(self, "data")
+        _check_fraction(self, "eval_fraction")
+        check(self.ptx_window_tokens >= 2, "ptx_window_tokens", "at least 2",
+              self.ptx_window_tokens)
+        check(self.ptx_ratio == 0 or bool(self.ptx_data), "ptx_data",
+              "text files, because ptx_ratio is above 0", self.ptx_data)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptsRun:
+    """Prompts made of the first tokens of a model's own samples, in three disjoint files.
+
+    Writes `train.jsonl`, `heldout.jsonl` (for the reward model) and `eval.jsonl` (for policies).
+    """
+
+    model_name_or_path: str
+    """Folder of the model that is sampled from; its beginning-of-text token starts each sample."""
+    output_dir: str
+    """Folder of this run; it must not hold another run."""
+    num_train: int = 1500
+    """Prompts for rankings and PPO."""
+    num_heldout: int = 300
+    """Prompts for held-out rankings."""
+    num_eval: int = 384
+    """Prompts for comparing policies."""
+    min_tokens: int = 5
+    """Shortest prompt, without the beginning-of-text token."""
+    max_tokens: int = 15
+    """Longest prompt, without the beginning-of-text token."""
+    seed: int = 0
+    """Seeds the samples and their lengths."""
+    device: Device = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "num_train", "num_heldout", "num_eval", "min_tokens")
+        check(self.min_tokens <= self.max_tokens, "min_tokens",
+              f"at most max_tokens ({self.max_tokens})", self.min_tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankRun:
+    """Samples of a model, ranked by a programmatic labeler with noise.
+
+    Writes `rankings.jsonl`, `heldout.jsonl` and `labels.json` (agreement and the Bayes limit).
+    """
+
+    model_name_or_path: str
+    """Folder of the model whose samples are ranked."""
+    prompts: str
+    """Prompts of the training rankings."""
+    output_dir: str
+    """Folder of this run; it must not hold another run."""
+    heldout_prompts: str | None = None
+    """Prompts of the held-out rankings; None writes none."""
+    labeler: str = "lexicon"
+    """Name of the labeler, see `fastrl.labelers`."""
+    num_samples_per_prompt: int = 6
+    """K, completions ranked per prompt; paper: 4 to 9."""
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=64)
+    """How completions are drawn."""
+    engine: EngineConfig = EngineConfig()
+    """Sizes of the rollout engine."""
+    target_agreement: float | None = 0.75
+    """Share of pairs with different gold scores that the noise leaves in order; the noise scale
+    is searched for. Paper: labelers agree with each other on 73% of pairs."""
+    noise_scale: float | None = None
+    """Scale of the Gumbel noise in units of the gold score; set it with target_agreement null."""
+    seed: int = 0
+    """Seeds samples and noise."""
+    device: Device = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."""
+
+    def __post_init__(self) -> None:
+        check(self.num_samples_per_prompt >= 2, "num_samples_per_prompt", "at least 2",
+              self.num_samples_per_prompt)
+        check((self.target_agreement is None) != (self.noise_scale is None), "noise_scale",
+              "exactly one of noise_scale and target_agreement, the other null",
+              self.noise_scale)
+        check(self.target_agreement is None or 0.5 < self.target_agreement <= 1,
+              "target_agreement", "a share above 0.5 and at most 1", self.target_agreement)
+        check(self.noise_scale is None or self.noise_scale >= 0, "noise_scale",
+              "a number of at least 0", self.noise_scale)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardRun(RewardConfig):
+    """A reward model from ranking files, started from a language model."""
+
+    model_name_or_path: str
+    """Folder of the language model whose trunk is copied."""
+    output_dir: str
+    """Folder of this run; it must not hold another run."""
+    data: tuple[str, ...]
+    """Rankings: rows with `chosen` + `rejected`, or `completions` with ranks."""
+    eval_data: tuple[str, ...] = ()
+    """Held-out rankings, added to those split off by `eval_fraction`."""
+    eval_fraction: float = 0.0
+    """Share of the prompts of `data` held out; split by prompt, never by row."""
+    demonstrations: tuple[str, ...] = ()
+    """Demonstrations whose mean reward is shifted to 0; none: the best completion of each
+    training ranking stands in for a demonstration."""
+
+    def __post_init__(self) -> None:
+        RewardConfig.__post_init__(self)
+        _check_files(self, "data")
+        _check_fraction(self, "eval_fraction")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PPORun(PPOConfig):
+    """PPO of a model folder against a reward model, or against a labeler's gold score."""
+
+    model_name_or_path: str
+    """Folder of the model that PPO starts from."""
+    output_dir: str
+    """Folder of this run; it must not hold another run."""
+    prompts: tuple[str, ...]
+    """Prompts: rows with `prompt` or `messages`."""
+    reward_model: str
+    """Folder of the reward model, a sequence-classification checkpoint with one label."""
+    reference_model: str | None = None
+    """Folder of the reference of the KL penalty; None: the model PPO starts from."""
+    source_weights: dict[str, float] | None = None
+    """Share of each `source` among the prompts drawn; None: every prompt once per pass."""
+    eval_prompts: tuple[str, ...] = ()
+    """Held-out prompts."""
+    eval_fraction: float = 0.05
+    """Share of `prompts` held out when `eval_prompts` is empty."""
+    ptx_data: tuple[str, ...] = ()
+    """Text files of the pretraining mix, for PPO-ptx."""
+    ptx_window_tokens: int = 256
+    """Tokens of one pretraining window."""
+
+    def __post_init__(self) -> None:
+        PPOConfig.__post_init__(self)
+        _check_files(self, "prompts")
+        _check_fraction(self, "eval_fraction")
+        check(self.ptx_window_tokens >= 2, "ptx_window_tokens", "at least 2",
+              self.ptx_window_tokens)
+        check(self.ptx_coef == 0 or bool(self.ptx_data), "ptx_data",
+              "text files, because ptx_coef is above 0", self.ptx_data)
+        for source, weight in (self.source_weights or {}).items():
+            check(weight >= 0, f"source_weights.{source}", "a number of at least 0", weight)
+        check(self.source_weights is None or sum(self.source_weights.values()) > 0,
+              "source_weights", "at least one weight above 0", self.source_weights)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateRun:
+    """Compare models on held-out prompts; writes `evaluation.json` and `samples.jsonl`."""
+
+    models: dict[str, str]
+    """Folder of each model, by the name it has in the tables."""
+    reference: str
+    """Which of `models` is the original: KL and log-likelihoods are taken under it."""
+    prompts: tuple[str, ...]
+    """Held-out prompts."""
+    output_dir: str
+    """Folder of this run; it must not hold another run."""
+    pairs: tuple[tuple[str, str], ...] = ()
+    """Win rates to report, (challenger, opponent); none: every model against the reference."""
+    labeler: str | None = None
+    """Gold score that decides who wins, see `fastrl.labelers`."""
+    reward_model: str | None = None
+    """Reward model that is reported, and decides who wins where there is no labeler."""
+    text: tuple[str, ...] = ()
+    """Held-out text files for the language-model loss."""
+    window_tokens: int = 256
+    """Tokens of one window of that text."""
+    max_windows: int = 64
+    """Windows of that text that are scored."""
+    num_prompts: int = 384
+    """Prompts used, the first of the files."""
+    num_table_rows: int = 8
+    """Prompts shown side by side in the sample table."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted."""
+    max_tokens_per_microbatch: int = 8192
+    """Token budget of one scoring pass."""
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=64)
+    """How responses are drawn."""
+    engine: EngineConfig = EngineConfig()
+    """Sizes of the rollout engine."""
+    seed: int = 0
+    """Seeds the samples."""
+    device: Device = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."""
+
+    def __post_init__(self) -> None:
+        _check_files(self, "models", "prompts")
+        _check_positive(self, "num_prompts", "num_table_rows", "max_windows",
+                        "max_prompt_tokens", "max_tokens_per_microbatch")
+        check(self.window_tokens >= 2, "window_tokens", "at least 2", self.window_tokens)
+        check(self.labeler is not None or self.reward_model is not None, "labeler",
+              "a labeler or a reward_model to decide who wins", None)
+        names = ", ".join(self.models)
+        for name in (self.reference, *[name for pair in self.pairs for name in pair]):
+            check(name in self.models, "models", f"an entry for {name!r}", names)
+
+
+StageRun = PretrainRun | SFTRun | PromptsRun | RankRun | RewardRun | PPORun | EvaluateRun
+
+RUN_TYPES: dict[str, type[StageRun]] = {
+    "pretrain": PretrainRun,
+    "sft": SFTRun,
+    "prompts": PromptsRun,
+    "rank": RankRun,
+    "reward": RewardRun,
+    "ppo": PPORun,
+    "evaluate": EvaluateRun,
+}
+"""Stage kinds of a recipe, and the settings of each."""
