@@ -17,7 +17,6 @@ from fastrl.config import (
     check,
 )
 
-Device = str
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 
 
@@ -151,7 +150,7 @@ class PromptsRun:
     """Longest prompt, without the beginning-of-text token."""
     seed: int = 0
     """Seeds the samples and their lengths."""
-    device: Device = "auto"
+    device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Dtype = "auto"
     """Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."""
@@ -192,7 +191,7 @@ class RankRun:
     """Scale of the Gumbel noise in units of the gold score; set it with target_agreement null."""
     seed: int = 0
     """Seeds samples and noise."""
-    device: Device = "auto"
+    device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Dtype = "auto"
     """Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."""
@@ -235,7 +234,7 @@ class RewardRun(RewardConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PPORun(PPOConfig):
-    """PPO of a model folder against a reward model, or against a labeler's gold score."""
+    """PPO or PPO-ptx of a model folder against a reward model."""
 
     model_name_or_path: str
     """Folder of the model that PPO starts from."""
@@ -310,7 +309,7 @@ class EvaluateRun:
     """Sizes of the rollout engine."""
     seed: int = 0
     """Seeds the samples."""
-    device: Device = "auto"
+    device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Dtype = "auto"
     """Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."""

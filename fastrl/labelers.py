@@ -1,0 +1,133 @@
+"""Programmatic labelers: a gold score with known preferences, and noise that plays the human.
+
+A labeler ranks completions by `gold + scale * Gumbel`, which draws orders from the Plackett-Luce
+model: two completions whose gold scores differ by d are put in gold order with probability
+sigmoid(d / scale). Agreement and the best accuracy anybody can reach on such labels (the Bayes
+limit) therefore follow from the gold scores without sampling.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrl.errors import ConfigError, DataError, ShapeError
+from fastrl.lexicon import score_lexicon
+from fastrl.types import Prompt
+from fastrl.yaml_file import unknown_key
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A finished response, as a gold score reads it."""
+
+    prompt: Prompt
+    text: str
+    """The response alone, decoded."""
+    has_stopped: bool
+    """True when it ended itself; False when it ran into `max_new_tokens`."""
+    max_new_tokens: int
+    """Tokens it was allowed to have."""
+
+
+GoldScore = Callable[[Response], float]
+
+
+def _lexicon(response: Response) -> float:
+    """Happy stories win: see `fastrl.lexicon`."""
+    return score_lexicon(response.text, response.max_new_tokens)
+
+
+LABELERS: dict[str, GoldScore] = {"lexicon": _lexicon}
+"""Gold scores by the name that recipes use."""
+
+
+def find_labeler(name: str) -> GoldScore:
+    """Return the gold score of that name.
+
+    Raises:
+        ConfigError: when there is none; names the nearest.
+    """
+    if name not in LABELERS:
+        raise ConfigError(unknown_key(name, LABELERS, "labeler"))
+    return LABELERS[name]
+
+
+def pair_agreement(gold: Tensor, noise_scale: float, *, count_ties: bool) -> float:
+    """Return the expected share of pairs that noisy labels put in gold order.
+
+        mean over pairs of sigmoid(|gold_i - gold_j| / noise_scale)
+
+    With `count_ties` this is the Bayes limit: nothing can predict noisy labels better than the
+    gold order does, and a pair of equal gold is a coin toss (1/2).
+
+    Args:
+        gold: [B, K] gold scores of K completions of B prompts.
+        noise_scale: Scale of the Gumbel noise; 0 is no noise.
+        count_ties: Keep pairs of equal gold, each worth 1/2; else they are left out.
+    Raises:
+        ShapeError: gold is not [B, K] with K of at least 2.
+        DataError: when no pair is left to count.
+    """
+    gaps = _pair_gaps(gold)
+    if not count_ties:
+        gaps = gaps[gaps > 0]
+    if len(gaps) == 0:
+        raise DataError("labels: every pair of completions has the same gold score, expected some "
+                        "to differ; use other prompts, more samples or another labeler")
+    if noise_scale == 0:
+        return float(torch.where(gaps > 0, 1.0, 0.5).mean())
+    return float(torch.sigmoid(gaps / noise_scale).mean())
+
+
+def fit_noise_scale(gold: Tensor, target_agreement: float) -> float:
+    """Return the Gumbel scale at which `pair_agreement` without ties is `target_agreement`.
+
+    Args:
+        gold: [B, K] gold scores.
+        target_agreement: Above 0.5 and at most 1; 1 gives scale 0.
+    Raises:
+        ConfigError: target_agreement is out of bounds.
+    """
+    if not 0.5 < target_agreement <= 1:
+        raise ConfigError(f"target_agreement: expected a share above 0.5 and at most 1, got "
+                          f"{target_agreement}; change target_agreement")
+    if target_agreement == 1:
+        return 0.0
+    low, high = 0.0, 1.0
+    while pair_agreement(gold, high, count_ties=False) > target_agreement:
+        high *= 2
+    for _ in range(60):  # halves a double's worth of digits
+        middle = (low + high) / 2
+        if pair_agreement(gold, middle, count_ties=False) > target_agreement:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def rank_with_noise(gold: Tensor, noise_scale: float, seed: int) -> Tensor:
+    """Return ranks drawn from the Plackett-Luce model of the gold scores.
+
+    Args:
+        gold: [B, K] gold scores.
+        noise_scale: Scale of the Gumbel noise; 0 keeps gold order, and equal gold gives ties.
+        seed: Seeds the noise.
+    Returns:
+        ranks: [B, K] int64, 0 is best, dense.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(gold.shape, generator=generator, dtype=torch.float64)
+    gumbel = -(-uniform.clamp_min(1e-300).log()).log()
+    noisy = gold.double() + noise_scale * gumbel
+    return torch.stack([torch.unique(-row, return_inverse=True)[1] for row in noisy])
+
+
+def _pair_gaps(gold: Tensor) -> Tensor:
+    """|gold_i - gold_j| of every pair of a prompt: [B, K] -> [B * K * (K - 1) / 2] float64."""
+    if gold.dim() != 2 or gold.shape[1] < 2:
+        raise ShapeError(f"labels: expected gold scores [B, K] with K of at least 2, got "
+                         f"{list(gold.shape)}; rank at least two completions per prompt")
+    first, second = torch.triu_indices(gold.shape[1], gold.shape[1], offset=1)
+    return (gold[:, first] - gold[:, second]).abs().double().flatten()
