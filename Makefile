@@ -1,0 +1,45 @@
+# make demo   the whole pipeline on a model made on the spot, minutes on a CPU
+# make test   lint, types and tests
+# Override: make test TORCH="torch==2.11.0" PYTHON=python3.12
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+BIN    := $(VENV)/bin
+# Two OpenMP threads beside a busy process are ten times slower when they spin while waiting.
+RUN    := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
+# One process per core, one thread each.
+JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test lint types install install-test clean
+
+demo: install
+	$(RUN) $(BIN)/fastrl demo
+
+test: lint types
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests
+
+lint: install-test
+	$(BIN)/ruff check .
+
+types: install-test
+	$(BIN)/mypy
+
+install: $(VENV)/.installed
+install-test: $(VENV)/.installed-test
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and alone, so that the version asked for here wins over any other.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
