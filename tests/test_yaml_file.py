@@ -23,7 +23,8 @@ def test_byte_order_mark_and_empty_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("a: 1\nb: 2\na: 3\n", r"f\.yaml, line 3, column 1: key 'a' is given twice \(first in line 1\)"),
+    ("a: 1\nb: 2\na: 3\n",
+     r"f\.yaml, line 3, column 1: key 'a' is given twice \(first in line 1\)"),
     ("x:\n  a: 1\n  a: 1\n", "line 3, column 3: key 'a' is given twice"),
     ("a: !!python/name:os.system x\n", r"line 1, column 4: tags"),
     ("a: !!python/object/apply:os.system [ls]\n", "line 1, column 4: tags"),
