@@ -1,0 +1,1 @@
+"""One page per stage: supervised fine-tuning, reward models, PPO."""
