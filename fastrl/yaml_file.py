@@ -112,6 +112,14 @@ def check_keys(keys: Iterable[str], known: Iterable[str], where: str) -> None:
 def unknown_key(key: str, known: Iterable[str], where: str) -> str:
     """Return the message for a key that nobody knows: the nearest known key, or all of them."""
     known = sorted(known)
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    advice = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
+    name = nearest(key, known)
+    advice = f"did you mean {name!r}?" if name else f"known keys: {', '.join(known)}"
     return f"{where}: unknown key {key!r}; {advice}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that a person most likely meant: one it begins, or one spelt alike."""
+    known = list(known)
+    begun = [other for other in known if other.startswith(name)]
+    alike = begun or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return alike[0] if alike else None
