@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -85,10 +86,16 @@ def mode(model: nn.Module, *, train: bool) -> Iterator[None]:
         model.train(before)
 
 
+@lru_cache(maxsize=8)
+def _permutation(size: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """Cached, because every step of an epoch asks for it."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+    return tuple(torch.randperm(size, generator=generator).tolist())
+
+
 def epoch_permutation(size: int, seed: int, epoch: int) -> list[int]:
     """The order in which an epoch visits `size` rows: a function of seed and epoch alone."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
-    return [int(i) for i in torch.randperm(size, generator=generator).tolist()]
+    return list(_permutation(size, seed, epoch))
 
 
 def epoch_batches(size: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -149,6 +156,17 @@ def accumulate(
         (weight * loss).backward()  # type: ignore[no-untyped-call]
         shares.append(loss.detach())
     return torch.stack(shares).sum()
+
+
+def check_example(example: TokenExample, index: int) -> None:
+    """Raise DataError when a mask does not fit its tokens, or marks the first token."""
+    if len(example.loss_mask) != len(example.token_ids) or not example.token_ids:
+        raise DataError(f"example {index}: expected one loss_mask flag for each of at least one "
+                        f"token, got {len(example.loss_mask)} flags for {len(example.token_ids)} "
+                        "tokens; rebuild the example")
+    if example.loss_mask[0]:
+        raise DataError(f"example {index}: expected loss_mask[0] to be False, got True; nothing "
+                        "predicts the first token: put a beginning-of-text token before it")
 
 
 def num_targets(examples: Sequence[TokenExample]) -> int:
