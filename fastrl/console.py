@@ -218,7 +218,7 @@ class Console:
 
         if self.quiet:
             return
-        lines = [f"{name}: {GLOSSARY[name].sentence}" for name in names if name in GLOSSARY]
+        lines = [f"{name}: {GLOSSARY[name].meaning}" for name in names if name in GLOSSARY]
         if self.is_live:
             self.rich.print(Panel("\n".join(lines), title="what the numbers mean",
                                   title_align="left", border_style="dim"))

@@ -83,9 +83,10 @@ def options(cls: type) -> Iterator[Option]:
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Add `--config` and one option per setting; what is not given stays out of the namespace."""
-    parser.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS,
+    """Add `--config`, `--quiet` and one option per setting, absent from the result unless given."""
+    parser.add_argument("--config", metavar="FILE",
                         help="YAML file of settings; options given here win over it")
+    parser.add_argument("--quiet", action="store_true", help="print warnings and results only")
     required = parser.add_argument_group("required")
     optional = parser.add_argument_group("settings")
     for option in options(cls):
@@ -99,28 +100,29 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
 
 
 def read_options(parser: argparse.ArgumentParser, cls: type[Config],
-                 argv: Sequence[str]) -> Config:
-    """Return the config that `--config` and the options of a command line describe.
+                 argv: Sequence[str]) -> tuple[Config, bool]:
+    """Return the config that `--config` and the options of a command line describe, and `--quiet`.
 
     Args:
-        parser: A parser that `add_options(parser, cls)` has filled.
+        parser: An empty parser, which gets the options of `cls`.
         cls: The config dataclass.
         argv: Arguments after the command's name.
     Raises:
         ConfigError: an unknown option or key (the nearest one is named), a missing setting, or a
             value of the wrong type or out of bounds.
     """
+    add_options(parser, cls)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ConfigError(unknown_argument(parser, unknown[0]))
     given = vars(namespace)
-    path = given.pop("config", None)
+    path, quiet = given.pop("config"), given.pop("quiet")
     values = load_yaml(Path(path)) if path is not None else {}
     hints = {option.name: option.hint for option in options(cls)}
     for name, text in given.items():
         _assign(values, name.split("."), read_value(hints[name], text, f"--{name}"))
     where = parser.prog if path is None else f"{parser.prog} --config {path}"
-    return parse_config(cls, values, where)
+    return parse_config(cls, values, where), quiet
 
 
 def unknown_argument(parser: argparse.ArgumentParser, argument: str) -> str:

@@ -1,0 +1,211 @@
+"""The command line: `fastrl demo | sft | reward | ppo | run | generate | chat | doctor`.
+
+Options come from the config dataclasses (`fastrl.options`). Nothing heavy is imported before the
+command line is known to be right, so that help and mistakes answer at once.
+
+Exit codes: 0 done, 1 a failed check of `doctor` or `demo`, 2 a mistake in settings, data or models,
+130 stopped by Ctrl-C.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastrl import __version__
+from fastrl.config import check
+from fastrl.errors import ConfigError, FastRLError
+from fastrl.options import Parser, read_options, unknown_argument
+from fastrl.runs import RUN_TYPES
+from fastrl.yaml_file import nearest
+
+COMMANDS: dict[str, str] = {
+    "demo": "Watch a small language model being aligned: five minutes, no downloads",
+    "sft": "Fine-tune a model on demonstrations",
+    "reward": "Train a reward model on rankings",
+    "ppo": "Optimise a model against a reward model, with PPO or PPO-ptx",
+    "run": "Run the stages of a recipe, skipping those that are finished",
+    "generate": "Sample completions, as rows ready to be ranked",
+    "chat": "Talk to a model in the terminal",
+    "doctor": "Say what this machine can run, and try it",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoRun:
+    """The settings of `fastrl demo`."""
+
+    output_dir: str = "runs/demo"
+    """Folder of the run; a second call continues where the first one stopped."""
+    seed: int = 0
+    """Seeds data, models and samples."""
+
+    def __post_init__(self) -> None:
+        check(self.seed >= 0, "seed", "a whole number of at least 0", self.seed)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: Words after `fastrl`; None takes them from the command line.
+    """
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except FastRLError as error:
+        print(f"fastrl: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nfastrl: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has gone; a second failure at exit would print a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _dispatch(argv: list[str]) -> int:
+    """Run the command that the first word names."""
+    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if command in ("--help", "-h", "help"):
+        print(_usage())
+        return 0
+    if command in ("--version", "-V"):
+        print(f"fastrl {__version__}")
+        return 0
+    if command not in COMMANDS:
+        meant = nearest(command, COMMANDS)
+        advice = f"did you mean {meant!r}?" if meant else f"commands: {', '.join(COMMANDS)}"
+        raise ConfigError(f"unknown command {command!r}; {advice}")
+    parser = Parser(prog=f"fastrl {command}", description=COMMANDS[command] + ".",
+                    allow_abbrev=False)
+    handlers: dict[str, Callable[[Parser, list[str]], int]] = {
+        "demo": _demo, "run": _run, "generate": _generate, "chat": _chat, "doctor": _doctor,
+    }
+    if command in handlers:
+        return handlers[command](parser, rest)
+    return _stage(command, parser, rest)
+
+
+def _usage() -> str:
+    """What `fastrl --help` prints."""
+    width = max(map(len, COMMANDS))
+    return "\n".join([
+        "usage: fastrl COMMAND [--name value ...]",
+        "",
+        "Reinforcement learning from human feedback: SFT, reward model, PPO and PPO-ptx.",
+        "",
+        "commands:",
+        *(f"  {name:<{width}}  {sentence}" for name, sentence in COMMANDS.items()),
+        "",
+        "`fastrl COMMAND --help` lists the options of a command, `fastrl --version` the version.",
+        "Start with `fastrl demo`.",
+    ])
+
+
+def _stage(kind: str, parser: Parser, argv: list[str]) -> int:
+    """`fastrl sft | reward | ppo`: one stage from its settings."""
+    config, quiet = read_options(parser, RUN_TYPES[kind], argv)
+
+    from fastrl.console import Console
+    from fastrl.pipeline import run_stage
+    from fastrl.report import write_report
+
+    console = Console(quiet=quiet)
+    folder = run_stage(kind, config, console=console)
+    console.result(f"model   {folder / 'model'}\nreport  {write_report(folder)}")
+    return 0
+
+
+def _run(parser: Parser, argv: list[str]) -> int:
+    """`fastrl run`: a recipe; settings of a stage are `--stage.name value`."""
+    parser.add_argument("recipe", type=Path, help="YAML file of stages")
+    parser.add_argument("--data_root", type=Path, default=Path("."), metavar="FOLDER",
+                        help="where the relative paths of the recipe begin [.]")
+    parser.add_argument("--output_dir", type=Path, metavar="FOLDER",
+                        help="folder of the run [runs/NAME-OF-THE-FILE]")
+    parser.add_argument("--short", action="store_true", help="the recipe's short form, for tests")
+    parser.add_argument("--from_stage", metavar="STAGE",
+                        help="run this stage and all later ones again; old folders are renamed")
+    parser.add_argument("--quiet", action="store_true", help="print warnings and results only")
+    parser.epilog = ("--STAGE.SETTING VALUE changes a setting of a stage, as in "
+                     "--ppo.kl_coef 0.05; --seed VALUE the seed of the recipe.")
+    given, rest = parser.parse_known_args(argv)
+    overrides = _overrides(parser, rest)
+
+    from fastrl.console import Console
+    from fastrl.pipeline import run_recipe
+
+    console = Console(quiet=given.quiet)
+    report = run_recipe(
+        given.recipe, data_root=given.data_root,
+        output_dir=given.output_dir or Path("runs") / given.recipe.stem,
+        overrides=overrides, short=given.short, from_stage=given.from_stage, console=console)
+    console.result(f"report  {report}")
+    return 0
+
+
+def _overrides(parser: Parser, words: list[str]) -> list[str]:
+    """`--ppo.kl_coef 0.1` and `--ppo.kl_coef=0.1` as `ppo.kl_coef=0.1`."""
+    overrides = []
+    remaining = iter(words)
+    for word in remaining:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or ("." not in name and name != "seed"):
+            raise ConfigError(unknown_argument(parser, word))
+        if not equals:
+            value = next(remaining, "")
+        if not value:
+            raise ConfigError(f"{parser.prog}: --{name}: expected a value, got none")
+        overrides.append(f"{name}={value}")
+    return overrides
+
+
+def _demo(parser: Parser, argv: list[str]) -> int:
+    """`fastrl demo`."""
+    config, quiet = read_options(parser, DemoRun, argv)
+
+    from fastrl.console import Console
+    from fastrl.demo import run_demo
+
+    run_demo(Path(config.output_dir), config.seed, Console(quiet=quiet))
+    return 0
+
+
+def _generate(parser: Parser, argv: list[str]) -> int:
+    """`fastrl generate`."""
+    from fastrl.generate import GenerateRun, generate
+
+    config, quiet = read_options(parser, GenerateRun, argv)
+
+    from fastrl.console import Console
+
+    console = Console(quiet=quiet)
+    console.result(f"rows    {generate(config, console)}")
+    return 0
+
+
+def _chat(parser: Parser, argv: list[str]) -> int:
+    """`fastrl chat`."""
+    from fastrl.chat import ChatRun, chat
+
+    config, quiet = read_options(parser, ChatRun, argv)
+
+    from fastrl.console import Console
+
+    chat(config, Console(quiet=quiet))
+    return 0
+
+
+def _doctor(parser: Parser, argv: list[str]) -> int:
+    """`fastrl doctor`: 0 when the self check passes."""
+    from fastrl.doctor import DoctorRun, examine
+
+    config, quiet = read_options(parser, DoctorRun, argv)
+
+    from fastrl.console import Console
+
+    return 0 if examine(config, Console(quiet=quiet)) else 1
