@@ -37,6 +37,13 @@ def _check_files(run: object, *names: str) -> None:
         check(len(value) > 0, name, "at least one file", value)
 
 
+def _check_weights(weights: dict[str, float] | None) -> None:
+    for source, weight in (weights or {}).items():
+        check(weight >= 0, f"source_weights.{source}", "a number of at least 0", weight)
+    check(weights is None or sum(weights.values()) > 0, "source_weights",
+          "at least one weight above 0", weights)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainRun(SFTConfig):
     """Train a tokenizer (unless one is given) and a small decoder from scratch on plain text."""
@@ -115,7 +122,8 @@ class SFTRun(SFTConfig):
     ptx_window_tokens: int = 256
     """Tokens of one pretraining window."""
     reward_model: str | None = None
-    """Reward model that selects the checkpoint when `select_by` is 'reward'."""
+    """Reward model that selects the checkpoint when `select_by` is 'reward'; None: candidates are
+    kept for a later `select` stage."""
 
     def __post_init__(self) -> None:
         SFTConfig.__post_init__(self)
@@ -129,19 +137,24 @@ class SFTRun(SFTConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptsRun:
-    """Prompts made of the first tokens of a model's own samples, in three disjoint files.
+    """Prompts in three disjoint files, from files or from the beginnings of a model's own samples.
 
     Writes `train.jsonl`, `heldout.jsonl` (for the reward model) and `eval.jsonl` (for policies).
     """
 
     model_name_or_path: str
-    """Folder of the model that is sampled from; its beginning-of-text token starts each sample."""
+    """Folder of the model: its tokenizer counts tokens, and without `data` it is sampled from."""
     output_dir: str
     """Folder of this run; it must not hold another run."""
+    data: tuple[str, ...] = ()
+    """Prompt files; none: the first tokens of the model's own samples, begun with its BOS token."""
+    source_weights: dict[str, float] | None = None
+    """Share of each `source` in all three files; None: as the rows come. A source that runs out
+    gives what it has."""
     num_train: int = 1500
     """Prompts for rankings and PPO."""
     num_heldout: int = 300
-    """Prompts for held-out rankings."""
+    """Prompts for held-out rankings, and for choosing checkpoints."""
     num_eval: int = 384
     """Prompts for comparing policies."""
     min_tokens: int = 5
@@ -149,7 +162,7 @@ class PromptsRun:
     max_tokens: int = 15
     """Longest prompt, without the beginning-of-text token."""
     seed: int = 0
-    """Seeds the samples and their lengths."""
+    """Seeds the samples and their lengths, or the order of the rows."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: Dtype = "auto"
@@ -159,6 +172,9 @@ class PromptsRun:
         _check_positive(self, "num_train", "num_heldout", "num_eval", "min_tokens")
         check(self.min_tokens <= self.max_tokens, "min_tokens",
               f"at most max_tokens ({self.max_tokens})", self.min_tokens)
+        _check_weights(self.source_weights)
+        check(self.source_weights is None or bool(self.data), "data",
+              "prompt files, because source_weights is set", self.data)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,6 +249,43 @@ class RewardRun(RewardConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SelectRun:
+    """Choose among the checkpoints that an SFT stage kept, by mean score of their responses.
+
+    For an SFT stage with `select_by: reward` that ran before there was a reward model.
+    """
+
+    model_name_or_path: str
+    """Model folder of the SFT stage; the candidates lie beside it."""
+    reward_model: str
+    """Folder of the reward model that judges."""
+    prompts: tuple[str, ...]
+    """Prompts that are answered."""
+    output_dir: str
+    """Folder of this run; it must not hold another run."""
+    num_prompts: int = 128
+    """Prompts used, the first of the files."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted."""
+    max_tokens_per_microbatch: int = 8192
+    """Token budget of one scoring pass."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How responses are drawn."""
+    engine: EngineConfig = EngineConfig()
+    """Sizes of the rollout engine."""
+    seed: int = 0
+    """Seeds the samples."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Dtype = "auto"
+    """Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."""
+
+    def __post_init__(self) -> None:
+        _check_files(self, "prompts")
+        _check_positive(self, "num_prompts", "max_prompt_tokens", "max_tokens_per_microbatch")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PPORun(PPOConfig):
     """PPO or PPO-ptx of a model folder against a reward model."""
 
@@ -254,6 +307,8 @@ class PPORun(PPOConfig):
     """Share of `prompts` held out when `eval_prompts` is empty."""
     ptx_data: tuple[str, ...] = ()
     """Text files of the pretraining mix, for PPO-ptx."""
+    eval_ptx_data: tuple[str, ...] = ()
+    """Held-out text files; their loss is logged at every evaluation."""
     ptx_window_tokens: int = 256
     """Tokens of one pretraining window."""
 
@@ -265,10 +320,7 @@ class PPORun(PPOConfig):
               self.ptx_window_tokens)
         check(self.ptx_coef == 0 or bool(self.ptx_data), "ptx_data",
               "text files, because ptx_coef is above 0", self.ptx_data)
-        for source, weight in (self.source_weights or {}).items():
-            check(weight >= 0, f"source_weights.{source}", "a number of at least 0", weight)
-        check(self.source_weights is None or sum(self.source_weights.values()) > 0,
-              "source_weights", "at least one weight above 0", self.source_weights)
+        _check_weights(self.source_weights)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -326,7 +378,8 @@ class EvaluateRun:
             check(name in self.models, "models", f"an entry for {name!r}", names)
 
 
-StageRun = PretrainRun | SFTRun | PromptsRun | RankRun | RewardRun | PPORun | EvaluateRun
+StageRun = PretrainRun | SFTRun | PromptsRun | RankRun | RewardRun | SelectRun | PPORun \
+    | EvaluateRun
 
 RUN_TYPES: dict[str, type[StageRun]] = {
     "pretrain": PretrainRun,
@@ -334,7 +387,13 @@ RUN_TYPES: dict[str, type[StageRun]] = {
     "prompts": PromptsRun,
     "rank": RankRun,
     "reward": RewardRun,
+    "select": SelectRun,
     "ppo": PPORun,
     "evaluate": EvaluateRun,
 }
 """Stage kinds of a recipe, and the settings of each."""
+
+PATH_FIELDS = ("model_name_or_path", "tokenizer_name_or_path", "reference_model", "reward_model",
+               "models", "data", "eval_data", "tokenizer_data", "ptx_data", "eval_ptx_data",
+               "demonstrations", "prompts", "heldout_prompts", "eval_prompts", "text")
+"""Settings that name files or folders, in every kind of stage that has them."""

@@ -1,0 +1,202 @@
+"""A recipe: a YAML file that names the stages of a run in order.
+
+    name: stories
+    seed: 1
+    short:                        # optional: settings of the short form
+      ppo.num_iterations: 2
+    stages:
+      - {name: prompts, kind: prompts, model_name_or_path: models/stories260k}
+      - {name: ppo, kind: ppo, prompts: ["@prompts/train.jsonl"], ...}
+
+A path that begins with `@` names an earlier stage: `@sft` is the model it saves,
+`@prompts/train.jsonl` a file it writes. Every other relative path is looked up in the data root,
+so that a recipe holds no path of a machine.
+"""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastrl.errors import ConfigError
+from fastrl.parsing import parse_config
+from fastrl.runs import PATH_FIELDS, RUN_TYPES, StageRun
+from fastrl.yaml_file import check_keys, load_yaml, parse_yaml, unknown_key
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of a recipe."""
+
+    name: str
+    kind: str
+    config: StageRun
+    """Settings with paths as the recipe names them; `output_dir` is the stage's name."""
+
+    @property
+    def references(self) -> list[str]:
+        """Every path among the settings, as the recipe names it, each once."""
+        return list(dict.fromkeys(reference for _, reference in path_settings(self.config)))
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A checked recipe."""
+
+    name: str
+    seed: int
+    stages: tuple[Stage, ...]
+    where: str
+    """The file, for error messages."""
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, short: bool = False) -> Recipe:
+    """Read and check a recipe; nothing is looked up on disk but the recipe itself.
+
+    Args:
+        path: YAML file.
+        overrides: `stage.field=value` (or `seed=value`), applied last; values are YAML.
+        short: Apply the recipe's `short` settings.
+    Raises:
+        ConfigError: names file, stage, field, what was expected and what came.
+    """
+    where = Path(path).name
+    values = load_yaml(path)
+    check_keys(values, ("name", "seed", "short", "stages"), where)
+    values = {"seed": 0, "short": {}, **values}
+    tables = _stage_tables(values.get("stages"), where)
+    if not isinstance(values["short"], Mapping) or (short and not values["short"]):
+        raise ConfigError(f"{where}: short: expected settings, one `stage.field: value` per line, "
+                          f"got {values['short']!r}; add them or run the whole recipe")
+    changes = dict(values["short"]) if short else {}
+    changes |= dict(_parse_override(text) for text in overrides)
+    for target, value in changes.items():
+        _apply(values, tables, target, value, where)
+    name, seed = values.get("name"), values["seed"]
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{where}: name: expected text, got {name!r}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ConfigError(f"{where}: seed: expected a whole number of at least 0, got {seed!r}")
+    stages = tuple(_parse_stage(table, seed, where) for table in tables.values())
+    _check_references(stages, where)
+    return Recipe(name=name, seed=seed, stages=stages, where=where)
+
+
+def path_settings(config: StageRun) -> Iterator[tuple[str, str]]:
+    """(field, path) of every path among the settings of a stage."""
+    for name in PATH_FIELDS:
+        value = getattr(config, name, None)
+        if isinstance(value, str):
+            yield name, value
+        elif value is not None:
+            paths = value.values() if isinstance(value, Mapping) else value
+            yield from ((name, path) for path in paths)
+
+
+def resolve_path(reference: str, output_dir: Path, data_root: Path) -> Path:
+    """Where a path of a recipe is: `@stage[/file]` in the output folder, else in the data root."""
+    if not reference.startswith("@"):
+        return data_root / reference
+    stage, _, file = reference[1:].partition("/")
+    return output_dir / stage / (file or "model")
+
+
+def resolve_stage(stage: Stage, output_dir: Path, data_root: Path) -> StageRun:
+    """The settings of a stage with every path, and its own folder, as they are on this disk."""
+    def resolved(value: Any) -> Any:
+        if isinstance(value, str):
+            return str(resolve_path(value, output_dir, data_root))
+        if isinstance(value, Mapping):
+            return {key: resolved(item) for key, item in value.items()}
+        return None if value is None else tuple(resolved(item) for item in value)
+
+    changes = {name: resolved(getattr(stage.config, name)) for name in PATH_FIELDS
+               if hasattr(stage.config, name)}
+    return dataclasses.replace(stage.config, **changes, output_dir=str(output_dir / stage.name))
+
+
+def stage_seed(seed: int, name: str) -> int:
+    """The seed of a stage that does not set its own: a function of recipe seed and stage name."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def _stage_tables(stages: object, where: str) -> dict[str, dict[str, Any]]:
+    """The settings of each stage by its name, in order."""
+    if not isinstance(stages, list) or not stages:
+        raise ConfigError(f"{where}: stages: expected a list of stages, each with a name and a "
+                          f"kind, got {stages!r}")
+    tables: dict[str, dict[str, Any]] = {}
+    for index, table in enumerate(stages):
+        name = table.get("name") if isinstance(table, Mapping) else None
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ConfigError(f"{where}: stages[{index}]: expected settings with a name of "
+                              f"letters, digits, _ and -, got {table!r}")
+        if name in tables:
+            raise ConfigError(f"{where}: stage {name!r} is there twice; rename one of them")
+        tables[name] = dict(table)
+    return tables
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    """`stage.field=value` as (dotted name, value)."""
+    target, equals, value = text.partition("=")
+    if not equals or not target.strip():
+        raise ConfigError(f"override: expected stage.field=value, got {text!r}")
+    return target.strip(), parse_yaml(value, f"override {target.strip()}")
+
+
+def _apply(values: dict[str, Any], tables: dict[str, dict[str, Any]], target: str, value: Any,
+           where: str) -> None:
+    """Set one dotted name; field names are checked later, with the rest of the stage."""
+    if target == "seed":
+        values["seed"] = value
+        return
+    stage, *fields = target.split(".")
+    if stage not in tables:
+        raise ConfigError(unknown_key(stage, tables, f"{where}: {target}"))
+    if not fields or fields[0] in ("name", "kind"):
+        raise ConfigError(f"{where}: {target}: expected stage.field, and neither name nor kind")
+    table = tables[stage]
+    for field in fields[:-1]:
+        inner = table.get(field, {})
+        if not isinstance(inner, Mapping):
+            raise ConfigError(f"{where}: {target}: {field} of stage {stage!r} has no settings "
+                              f"inside, it is {inner!r}")
+        table[field] = dict(inner)
+        table = table[field]
+    table[fields[-1]] = value
+
+
+def _parse_stage(table: Mapping[str, Any], seed: int, where: str) -> Stage:
+    """One stage, its settings checked by its dataclass."""
+    name, kind = table["name"], table.get("kind")
+    where = f"{where}, stage {name!r}"
+    if not isinstance(kind, str) or kind not in RUN_TYPES:
+        raise ConfigError(unknown_key(str(kind), RUN_TYPES, f"{where}: kind"))
+    settings = {key: value for key, value in table.items() if key not in ("name", "kind")}
+    if "output_dir" in settings:
+        raise ConfigError(f"{where}: output_dir: a stage's folder is its name inside the output "
+                          "folder of the recipe; remove this line")
+    settings = {"seed": stage_seed(seed, name), **settings, "output_dir": name}
+    run_type: type[StageRun] = RUN_TYPES[kind]
+    return Stage(name=name, kind=kind, config=parse_config(run_type, settings, where))
+
+
+def _check_references(stages: Sequence[Stage], where: str) -> None:
+    """Raise ConfigError for an `@stage` that is not an earlier stage."""
+    earlier: list[str] = []
+    for stage in stages:
+        for field, reference in path_settings(stage.config):
+            name = reference[1:].partition("/")[0]
+            if reference.startswith("@") and name not in earlier:
+                raise ConfigError(unknown_key(
+                    name, earlier or ["(none: this is the first stage)"],
+                    f"{where}, stage {stage.name!r}: {field}: {reference!r} must name an earlier "
+                    "stage"))
+        earlier.append(stage.name)

@@ -1,0 +1,124 @@
+"""Recipes: what is read, resolved and refused."""
+
+import pytest
+
+from fastrl.errors import ConfigError
+from fastrl.recipe import load_recipe, resolve_stage, stage_seed
+from fastrl.runs import PATH_FIELDS, RUN_TYPES
+
+RECIPE = """
+name: tiny
+seed: 7
+short:
+  ppo.num_iterations: 1
+  ppo.sampling.max_new_tokens: 4
+stages:
+  - name: sft
+    kind: sft
+    model_name_or_path: models/base
+    data: [sft/a.jsonl, /absolute/b.jsonl]
+  - name: ppo
+    kind: ppo
+    model_name_or_path: "@sft"
+    reward_model: models/reward
+    prompts: ["@sft/prompts.jsonl"]
+    num_iterations: 30
+    sampling: {temperature: 0.7}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    def write(text=RECIPE, old="", new=""):
+        assert old in text
+        (tmp_path / "tiny.yaml").write_text(text.replace(old, new) if old else text)
+        return tmp_path / "tiny.yaml"
+    return write
+
+
+def test_a_recipe_is_read_in_order(recipe_file):
+    recipe = load_recipe(recipe_file())
+    assert (recipe.name, recipe.seed) == ("tiny", 7)
+    assert [(stage.name, stage.kind) for stage in recipe.stages] == [("sft", "sft"), ("ppo", "ppo")]
+    assert recipe.stages[1].config.num_iterations == 30
+    assert recipe.stages[1].references == ["@sft", "models/reward", "@sft/prompts.jsonl"]
+
+
+def test_paths_are_resolved_in_output_folder_and_data_root(recipe_file, tmp_path):
+    sft, ppo = (resolve_stage(stage, tmp_path / "out", tmp_path / "root")
+                for stage in load_recipe(recipe_file()).stages)
+    assert sft.model_name_or_path == str(tmp_path / "root/models/base")
+    assert sft.data == (str(tmp_path / "root/sft/a.jsonl"), "/absolute/b.jsonl")
+    assert sft.reward_model is None and sft.ptx_data == ()
+    assert sft.output_dir == str(tmp_path / "out/sft")
+    assert ppo.model_name_or_path == str(tmp_path / "out/sft/model")
+    assert ppo.prompts == (str(tmp_path / "out/sft/prompts.jsonl"),)
+
+
+def test_overrides_come_after_the_short_form(recipe_file):
+    short = load_recipe(recipe_file(), short=True).stages[1].config
+    assert (short.num_iterations, short.sampling.max_new_tokens) == (1, 4)
+    assert short.sampling.temperature == 0.7
+    both = load_recipe(recipe_file(), ["ppo.num_iterations=5", "ppo.engine.page_size=8",
+                                       "ppo.learning_rate=1e-3", "seed=9"], short=True)
+    ppo = both.stages[1].config
+    assert (ppo.num_iterations, ppo.engine.page_size, ppo.learning_rate) == (5, 8, 1e-3)
+    assert both.seed == 9
+
+
+def test_stages_get_seeds_of_their_own(recipe_file):
+    sft, ppo = (stage.config.seed for stage in load_recipe(recipe_file()).stages)
+    assert sft == stage_seed(7, "sft") and ppo == stage_seed(7, "ppo") and sft != ppo
+    assert load_recipe(recipe_file(), ["ppo.seed=3"]).stages[1].config.seed == 3
+
+
+@pytest.mark.parametrize("old, new, message", [
+    ("seed: 7", "sed: 7", "tiny.yaml: unknown key 'sed'; did you mean 'seed'"),
+    ("seed: 7", "seed: one", "tiny.yaml: seed: expected a whole number"),
+    ("name: tiny", "name: 3", "tiny.yaml: name: expected text, got 3"),
+    ("kind: ppo", "kind: pop", "tiny.yaml, stage 'ppo': kind: unknown key 'pop'; did you mean "
+                               "'ppo'"),
+    ("name: ppo", "name: sft", "stage 'sft' is there twice"),
+    ("name: ppo", "name: a/b", r"stages\[1\]: expected settings with a name of letters"),
+    ("num_iterations: 30", "num_iteration: 30",
+     "tiny.yaml, stage 'ppo': unknown key 'num_iteration'; did you mean 'num_iterations'"),
+    ("num_iterations: 30", "kl_coef: small",
+     "tiny.yaml, stage 'ppo': kl_coef: expected a number, got 'small'"),
+    ("num_iterations: 30", "output_dir: x", "output_dir: a stage's folder is its name"),
+    ("num_iterations: 30", "num_iterations: 30\n    num_iterations: 4", "is given twice"),
+    ('"@sft"', '"@stf"', "model_name_or_path: '@stf' must name an earlier stage: unknown key "
+                         "'stf'; did you mean 'sft'"),
+    ("models/base", '"@ppo"', "stage 'sft': model_name_or_path: '@ppo' must name an earlier stage"),
+    ("ppo.num_iterations: 1", "pop.num_iterations: 1", "did you mean 'ppo'"),
+])
+def test_mistakes_are_named(recipe_file, old, new, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(recipe_file(old=old, new=new), short=True)
+
+
+@pytest.mark.parametrize("override, message", [
+    ("ppo.lam", "expected stage.field=value, got 'ppo.lam'"),
+    ("pop.lam=1", "unknown key 'pop'; did you mean 'ppo'"),
+    ("ppo.kind=sft", "neither name nor kind"),
+    ("ppo=1", "expected stage.field"),
+    ("ppo.lamm=1", "unknown key 'lamm'; did you mean 'lam'"),
+    ("ppo.num_iterations.x=1", "has no settings inside"),
+])
+def test_wrong_overrides_are_named(recipe_file, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(recipe_file(), [override])
+
+
+def test_a_recipe_without_stages_or_short_form_is_refused(recipe_file):
+    with pytest.raises(ConfigError, match="stages: expected a list of stages"):
+        load_recipe(recipe_file("name: a\nstages: []\n"))
+    short = RECIPE[RECIPE.index("short:"):RECIPE.index("stages:")]
+    with pytest.raises(ConfigError, match="short: expected settings"):
+        load_recipe(recipe_file(old=short, new="\n"), short=True)
+
+
+def test_every_setting_that_is_a_path_is_known():
+    fields = {name for run in RUN_TYPES.values() for name in run.__dataclass_fields__}
+    assert set(PATH_FIELDS) <= fields
+    suspicious = {name for name in fields if name.endswith(("_model", "_or_path", "data", "text"))}
+    assert suspicious <= set(PATH_FIELDS)
