@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrl.backends import choose
 from fastrl.errors import ShapeError
 
 PREFERENCE = ("torch",)
@@ -100,6 +101,8 @@ def packed_attention(
         torch.Size([3, 1, 2])
     """
     _check(query, key, value, cu_seqlens, max_seqlen, window)
+    choose("packed_attention", "packed_attention", PREFERENCE, query.device.type, query.dtype,
+           backend)
     return _packed_attention_torch(query, key, value, cu_seqlens, max_seqlen, scale, window)
 
 
@@ -110,8 +113,8 @@ def _packed_attention_torch(
     """Sequences of similar length are padded together: one dense causal call per group."""
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
     if min(lengths) == max(lengths):
-        dense = [x.unflatten(0, (len(lengths), -1)) for x in (query, key, value)]  # [B, S, H, C]
-        return _dense_attention(*dense, scale, window).flatten(0, 1)
+        q, k, v = (x.view(len(lengths), -1, *x.shape[1:]) for x in (query, key, value))
+        return _dense_attention(q, k, v, scale, window).flatten(0, 1)
     outputs, rows = [], []
     for group in similar_lengths(lengths):
         longest = lengths[group[0]]
@@ -122,10 +125,10 @@ def _packed_attention_torch(
         # Padding repeats the first row of the sequence: it stands after every real token, where
         # a causal query cannot see it.
         padded = torch.where(real, packed_rows, cu_seqlens[members, None]).flatten()
-        dense = [x.index_select(0, padded).unflatten(0, (len(group), longest))
-                 for x in (query, key, value)]
-        outputs.append(_dense_attention(*dense, scale, window).flatten(0, 1)
-                       .index_select(0, real.flatten().nonzero().squeeze(-1)))
+        q, k, v = (x.index_select(0, padded).view(len(group), longest, *x.shape[1:])
+                   for x in (query, key, value))
+        attended = _dense_attention(q, k, v, scale, window).flatten(0, 1)
+        outputs.append(attended.index_select(0, real.flatten().nonzero().squeeze(-1)))
         rows.append(packed_rows[real])
     order = torch.cat(rows).argsort()
     return torch.cat(outputs).index_select(0, order)

@@ -1,0 +1,232 @@
+"""paged_attention: attention of new tokens over keys and values that lie in pages.
+
+    out_i = sum_j softmax_j(scale * q_i . k_j) v_j      over j <= p_i, j > p_i - window
+
+p_i is the position of query i: the last query of a sequence stands at kv_len - 1.
+Shape letters: N query tokens, B sequences, S cached tokens of a sequence, Hq and Hk query and KV
+heads, C channels per head, L layers.
+"""
+
+from collections import defaultdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastrl.backends import choose
+from fastrl.errors import ShapeError
+
+PREFERENCE = ("torch",)
+CHUNK_BYTES = 2**21
+"""Keys and values gathered at a time: what is gathered is read again while it is in cache."""
+
+
+def paged_attention_reference(
+    query: Tensor, kv_pages: Tensor, layer: int, page_table: Tensor, kv_lens: Tensor,
+    cu_seqlens_q: Tensor, *, max_seqlen_q: int, max_kv_len: int, scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """paged_attention, one sequence at a time with a plain softmax."""
+    page_size, num_kv_heads = kv_pages.shape[3], kv_pages.shape[4]
+    out = torch.zeros_like(query)
+    bounds = cu_seqlens_q.tolist()
+    for row, kv_len in enumerate(kv_lens.tolist()):
+        begin, end = bounds[row], bounds[row + 1]
+        if kv_len == 0 or begin == end:
+            continue
+        pages = page_table[row, : -(-kv_len // page_size)]
+        key, value = (kv_pages[pages, layer, side].flatten(0, 1)[:kv_len].transpose(0, 1)
+                      .repeat_interleave(query.shape[1] // num_kv_heads, dim=0) for side in (0, 1))
+        positions = torch.arange(kv_len - (end - begin), kv_len, device=query.device)
+        visible = _visible(positions, torch.arange(kv_len, device=query.device), window)
+        scores = scale * (query[begin:end].transpose(0, 1) @ key.transpose(1, 2))  # [Hq, q, S]
+        probs = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
+        out[begin:end] = (probs @ value).transpose(0, 1)
+    return out
+
+
+def _visible(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
+    """[..., q, S] bool, True where the query may see the key, from [..., q] and [S]."""
+    distance = query_positions[..., None] - key_positions
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def _check(
+    query: Tensor, kv_pages: Tensor, page_table: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor,
+    max_seqlen_q: int, max_kv_len: int, window: int | None,
+) -> None:
+    if query.dim() != 3 or kv_pages.dim() != 6 or kv_pages.shape[2] != 2:
+        raise ShapeError(
+            f"paged_attention: expected query [N, Hq, C] and kv_pages [num_pages, L, 2, "
+            f"page_size, Hk, C], got {list(query.shape)} and {list(kv_pages.shape)}"
+        )
+    if query.shape[2] != kv_pages.shape[5] or query.shape[1] % kv_pages.shape[4]:
+        raise ShapeError(
+            f"paged_attention: expected query heads in multiples of {kv_pages.shape[4]} with "
+            f"{kv_pages.shape[5]} channels, as the pages hold them, got {list(query.shape)}"
+        )
+    if query.dtype != kv_pages.dtype:
+        raise ShapeError(
+            f"paged_attention: expected query in {kv_pages.dtype}, the dtype of the pages, got "
+            f"{query.dtype}"
+        )
+    batch_size = kv_lens.shape[0]
+    if page_table.dim() != 2 or page_table.shape[0] != batch_size \
+            or cu_seqlens_q.shape != (batch_size + 1,):
+        raise ShapeError(
+            f"paged_attention: expected page_table [B, pages] and cu_seqlens_q [B+1] for "
+            f"{batch_size} kv_lens, got {list(page_table.shape)} and {list(cu_seqlens_q.shape)}"
+        )
+    if max_kv_len > page_table.shape[1] * kv_pages.shape[3]:
+        raise ShapeError(
+            f"paged_attention: {page_table.shape[1]} pages of {kv_pages.shape[3]} tokens hold no "
+            f"max_kv_len of {max_kv_len}; give page_table more columns"
+        )
+    if max_seqlen_q < 1 or (window is not None and window < 1):
+        raise ShapeError(
+            f"paged_attention: max_seqlen_q and window must be at least 1, got {max_seqlen_q} "
+            f"and {window}"
+        )
+
+
+def paged_attention(
+    query: Tensor, kv_pages: Tensor, layer: int, page_table: Tensor, kv_lens: Tensor,
+    cu_seqlens_q: Tensor, *, max_seqlen_q: int, max_kv_len: int, scale: float,
+    window: int | None = None, backend: str | None = None,
+) -> Tensor:
+    """Causal attention of the newest tokens of each sequence over its cached tokens.
+
+        out_i = sum_j softmax_j(scale * q_i . k_j) v_j      over j <= p_i, j > p_i - window
+
+    The keys and values of the new tokens are in the cache already (`write_kv`). On a CPU the bits
+    of a sequence's output depend on nothing but that sequence: work is grouped by pages in use.
+
+    Args:
+        query: [N, Hq, C]. Sequence b owns rows cu_seqlens_q[b] to cu_seqlens_q[b+1], which are
+            its last tokens. Query head h reads KV head h // (Hq / Hk).
+        kv_pages: [num_pages, L, 2, page_size, Hk, C]. Slots past kv_len may hold anything.
+        layer: Index into L.
+        page_table: [B, pages] int64. Entries past the last page in use may hold anything.
+        kv_lens: [B] int64. Cached tokens, the new ones included; 0 gives rows of zeros.
+        cu_seqlens_q: [B+1] int64.
+        max_seqlen_q, max_kv_len: The longest of each, known to the host.
+        scale: Factor of the scores, usually C ** -0.5.
+        window: Keys a query may see, itself included; None sees all before it.
+        backend: See fastrl.backends.
+    Returns:
+        [N, Hq, C], dtype of query. No gradient.
+    Raises:
+        ShapeError: when shapes or dtypes do not fit together.
+        BackendUnavailableError: when a backend is named that cannot run.
+    Cost: reads 2 * Hk * C elements per cached token; on a CPU they are copied once, a few MiB at
+        a time.
+    Source: Kwon et al. 2023 (arXiv 2309.06180).
+    """
+    _check(query, kv_pages, page_table, kv_lens, cu_seqlens_q, max_seqlen_q, max_kv_len, window)
+    choose("paged_attention", "paged_attention", PREFERENCE, query.device.type, query.dtype,
+           backend)
+    return _paged_attention_torch(
+        query, kv_pages, layer, page_table, kv_lens, cu_seqlens_q, max_seqlen_q, scale, window
+    )
+
+
+def _paged_attention_torch(
+    query: Tensor, kv_pages: Tensor, layer: int, page_table: Tensor, kv_lens: Tensor,
+    cu_seqlens_q: Tensor, max_seqlen_q: int, scale: float, window: int | None,
+) -> Tensor:
+    """Sequences of one shape go together, as many at a time as fit CHUNK_BYTES."""
+    out = torch.zeros_like(query)
+    page_bytes = 2 * kv_pages[0, 0, 0].numel() * kv_pages.element_size()
+    lengths_q = ([1] * len(kv_lens) if max_seqlen_q == 1
+                 else (cu_seqlens_q[1:] - cu_seqlens_q[:-1]).tolist())
+    groups = _groups_by_shape(lengths_q, kv_lens.tolist(), kv_pages.shape[3])
+    for (length_q, num_pages, is_prompt), members in groups.items():
+        offsets = torch.arange(length_q, device=query.device)
+        step = max(1, CHUNK_BYTES // (num_pages * page_bytes))
+        for first in range(0, len(members), step):
+            rows = torch.tensor(members[first : first + step], device=query.device)
+            rows_q = (cu_seqlens_q[rows, None] + offsets).flatten()
+            query_chunk = query.index_select(0, rows_q).view(len(rows), length_q, *query.shape[1:])
+            lens = kv_lens[rows]
+            key, value = _gather_pages(kv_pages, layer, page_table[rows], lens, num_pages)
+            if is_prompt:
+                attended = _attend_prompt(query_chunk, key, value, scale, window)
+            else:
+                attended = _attend_cached(query_chunk, key, value, lens, scale, window)
+            out.index_copy_(0, rows_q, attended.flatten(0, 1))
+    return out
+
+
+def _groups_by_shape(
+    lengths_q: list[int], kv_lens: list[int], page_size: int
+) -> dict[tuple[int, int, bool], list[int]]:
+    """Rows by (query tokens, pages, whether the query is all there is in the cache)."""
+    groups: defaultdict[tuple[int, int, bool], list[int]] = defaultdict(list)
+    for row, (length_q, kv_len) in enumerate(zip(lengths_q, kv_lens, strict=True)):
+        if length_q and kv_len:
+            num_pages = page_bucket(-(-kv_len // page_size))
+            groups[length_q, num_pages, length_q == kv_len > 1].append(row)
+    return groups
+
+
+def page_bucket(num_pages: int) -> int:
+    """`num_pages` rounded up to three significant bits: fewer groups, at most a quarter more."""
+    unit = 1 << max(0, num_pages.bit_length() - 3)
+    return -(-num_pages // unit) * unit
+
+
+def _gather_pages(
+    kv_pages: Tensor, layer: int, page_table: Tensor, kv_lens: Tensor, num_pages: int
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [b, S, Hk, C] of S = num_pages * page_size tokens, 0 past kv_lens [b]."""
+    page_size = kv_pages.shape[3]
+    first_tokens = torch.arange(num_pages, device=kv_lens.device) * page_size
+    pages = F.pad(page_table, (0, max(0, num_pages - page_table.shape[1])))[:, :num_pages]
+    pages = pages.masked_fill(first_tokens >= kv_lens[:, None], 0).flatten()
+    # A slot that was never written may hold NaN, and 0 * NaN would reach the sum over values.
+    begin = int(kv_lens.min()) // page_size * page_size
+    slots = torch.arange(begin, num_pages * page_size, device=kv_lens.device)
+    unwritten = (slots >= kv_lens[:, None])[..., None, None]
+    sides = []
+    for side in (0, 1):
+        gathered = kv_pages[:, layer, side].index_select(0, pages)
+        gathered = gathered.view(len(kv_lens), -1, *kv_pages.shape[4:])
+        gathered[:, begin:].masked_fill_(unwritten, 0)
+        sides.append(gathered)
+    return sides[0], sides[1]
+
+
+def _attend_prompt(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """[b, q, Hq, C]: the query tokens [b, q, Hq, C] are the first q of the cached ones."""
+    length = query.shape[1]
+    mask = None
+    if window is not None and window < length:
+        positions = torch.arange(length, device=query.device)
+        mask = _visible(positions, positions, window)
+    out = F.scaled_dot_product_attention(
+        query.transpose(1, 2), key[:, :length].transpose(1, 2), value[:, :length].transpose(1, 2),
+        attn_mask=mask, is_causal=mask is None, scale=scale,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def _attend_cached(
+    query: Tensor, key: Tensor, value: Tensor, kv_lens: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """[b, q, Hq, C]: the query tokens [b, q, Hq, C] are the last q of kv_lens [b] cached ones."""
+    batch_size, length_q, num_heads, channels = query.shape
+    num_kv_heads = key.shape[2]
+    positions = kv_lens[:, None] - length_q + torch.arange(length_q, device=query.device)
+    visible = _visible(positions, torch.arange(key.shape[1], device=query.device), window)
+    # The query heads of a KV head stand beside each other as if they were query tokens.
+    query = query.view(batch_size, length_q, num_kv_heads, -1, channels).permute(0, 2, 3, 1, 4)
+    mask = visible[:, None].repeat(1, 1, num_heads // num_kv_heads, 1)  # [b, 1, heads * q, S]
+    out = F.scaled_dot_product_attention(
+        query.flatten(2, 3), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask,
+        scale=scale,
+    )
+    out = out.view(batch_size, num_kv_heads, -1, length_q, channels)
+    return out.permute(0, 3, 1, 2, 4).flatten(2, 3)

@@ -1,0 +1,220 @@
+"""sample_tokens: draw one token per row by inverse CDF from counter-based random numbers.
+
+    p   = softmax(truncate(logits / temperature))
+    u   = (Philox4x32-10(key = seed, counter = position) + 0.5) / 2^32, inside (0, 1)
+    token = first v with p_0 + ... + p_v > u * sum(p)
+
+A token depends on its own row, seed and position only: not on the device, the batch or its order.
+Shape letters: B rows, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from fastrl.backends import choose
+from fastrl.errors import ShapeError
+
+PREFERENCE = ("torch",)
+
+_LOW_32 = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_REQUEST_COUNTER = 1
+"""Third counter word of request seeds; tokens use 0, so the two streams never meet."""
+
+
+def philox(key: Tensor, counter: Tensor) -> Tensor:
+    """Philox4x32-10: four random 32-bit words for each key and counter.
+
+    Args:
+        key: [2, B] int64, 32-bit words.
+        counter: [4, B] int64, 32-bit words.
+    Returns:
+        [4, B] int64, each in [0, 2^32).
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    Example:
+        >>> words = philox(torch.zeros(2, 1).long(), torch.zeros(4, 1).long())
+        >>> [f"{int(word):08x}" for word in words]
+        ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
+    """
+    multipliers = torch.tensor(_MULTIPLIERS, device=key.device)[:, None]
+    steps = torch.tensor(_KEY_STEPS, device=key.device)[:, None]
+    rounds = torch.arange(_ROUNDS, device=key.device)[:, None, None]
+    keys = (key + rounds * steps) & _LOW_32  # [rounds, 2, B]
+    even, odd = counter[0::2], counter[1::2]  # [2, B] each: words 0 and 2, words 1 and 3
+    for round_key in keys.unbind():
+        product = even * multipliers  # wraps modulo 2^64, which leaves all 64 bits right
+        even = ((product >> 32) & _LOW_32).flip(0) ^ odd ^ round_key
+        odd = (product & _LOW_32).flip(0)
+    return torch.stack([even[0], odd[0], even[1], odd[1]])
+
+
+def _words(seeds: Tensor, counters: Tensor, stream: int) -> Tensor:
+    """[4, B] Philox words with 64-bit seeds and counters [B], both int64."""
+    key = torch.stack([seeds & _LOW_32, (seeds >> 32) & _LOW_32])
+    low, high = counters & _LOW_32, (counters >> 32) & _LOW_32
+    return philox(key, torch.stack([low, high, torch.full_like(low, stream), low * 0]))
+
+
+def request_seeds(seed: int, request_ids: Tensor) -> Tensor:
+    """The seed of each request of a run.
+
+    Args:
+        seed: Seed of the run, any 64-bit integer.
+        request_ids: [B] int64.
+    Returns:
+        [B] int64, different for every request of the run.
+    """
+    words = _words(torch.full_like(request_ids, seed), request_ids, _REQUEST_COUNTER)
+    return (words[1] << 32) | words[0]
+
+
+def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
+    """[B] float64 inside the open interval (0, 1), one for each seed and position [B] int64."""
+    return (_words(seeds, positions, 0)[0].double() + 0.5) * 2.0**-32
+
+
+def sample_tokens_reference(
+    logits: Tensor, seeds: Tensor, positions: Tensor, *, temperature: Tensor, top_k: Tensor,
+    top_p: Tensor, min_p: Tensor, greedy: Tensor, raw_logprobs: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sample_tokens, one row at a time in float64."""
+    drawn = uniforms(seeds, positions)
+    rows = []
+    for row in range(len(logits)):
+        raw = (logits[row].double() / temperature[row]).log_softmax(dim=-1)
+        kept = raw.clone()
+        if top_k[row] > 0:
+            smallest = raw.sort(descending=True).values[: int(top_k[row])][-1]
+            kept[raw < smallest] = -torch.inf
+        if top_p[row] < 1:
+            ordered = kept.softmax(dim=-1).sort(descending=True).values
+            reached = int((ordered.cumsum(0) < top_p[row]).sum())
+            kept[kept.softmax(dim=-1) < ordered[min(reached, len(ordered) - 1)]] = -torch.inf
+        kept[raw < raw.max() + min_p[row].log()] = -torch.inf
+        logprobs = kept.log_softmax(dim=-1)
+        cdf = logprobs.exp().cumsum(0)
+        token = int((cdf <= drawn[row] * cdf[-1]).sum())
+        if greedy[row]:
+            token = int(raw.argmax())
+        entropy = torch.special.entr(logprobs.exp()).sum()
+        rows.append((token, raw[token] if raw_logprobs[row] else logprobs[token], entropy))
+    token_ids, logprobs_B, entropy_B = zip(*rows, strict=True)
+    return (torch.tensor(token_ids, device=logits.device), torch.stack(logprobs_B).float(),
+            torch.stack(entropy_B).float())
+
+
+def _check(
+    logits: Tensor, seeds: Tensor, positions: Tensor, settings: dict[str, Tensor]
+) -> None:
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise ShapeError(
+            f"sample_tokens: expected logits [B, V] of a floating type, got "
+            f"{list(logits.shape)} {logits.dtype}"
+        )
+    batch_size = logits.shape[0]
+    integers = {"seeds": seeds, "positions": positions}
+    for name, tensor in {**integers, **settings}.items():
+        if tensor.shape != (batch_size,):
+            raise ShapeError(
+                f"sample_tokens: expected {name} [{batch_size}], one per row of logits, got "
+                f"{list(tensor.shape)}"
+            )
+    for name, dtype in (("seeds", torch.int64), ("positions", torch.int64),
+                        ("greedy", torch.bool), ("raw_logprobs", torch.bool)):
+        tensor = integers[name] if name in integers else settings[name]
+        if tensor.dtype != dtype:
+            raise ShapeError(f"sample_tokens: expected {name} {dtype}, got {tensor.dtype}")
+
+
+def sample_tokens(
+    logits: Tensor, seeds: Tensor, positions: Tensor, *, temperature: Tensor, top_k: Tensor,
+    top_p: Tensor, min_p: Tensor, greedy: Tensor, raw_logprobs: Tensor,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token per row, its log-probability, and the entropy of the distribution.
+
+        kept = top_k, then top_p of what is left, then min_p;  p = softmax(kept)
+
+    Tokens that tie with the last one kept by top_k or top_p are kept too, so that what is kept
+    does not depend on the order of the vocabulary.
+
+    Args:
+        logits: [B, V], any floating type; computed in float32 at least. -inf is never drawn.
+        seeds: [B] int64, the key of the random numbers.
+        positions: [B] int64, the counter: another position gives an independent number.
+        temperature: [B], above 0. Divides the logits.
+        top_k: [B] int64. Keep the k most likely tokens; 0 keeps all.
+        top_p: [B]. Keep the smallest set with at least this probability; 1 keeps all.
+        min_p: [B]. Drop tokens below this share of the most likely one; 0 keeps all.
+        greedy: [B] bool. True takes the most likely token, the lowest id among equals; log-prob
+            and entropy stay those of the distribution that would have been drawn from.
+        raw_logprobs: [B] bool. True reports the log-prob before truncation (temperature only).
+        backend: See fastrl.backends.
+    Returns:
+        token_ids [B] int64; logprobs [B] float32; entropy [B] float32, nats, of the distribution
+        drawn from.
+    Raises:
+        ShapeError: when shapes or dtypes do not fit together.
+        BackendUnavailableError: when a backend is named that cannot run.
+    Cost: about six passes over the logits; a sort of each row more with top_k or top_p.
+    Source: Salmon et al. 2011 for the random numbers; top-p: Holtzman et al. 2020
+        (arXiv 1904.09751); min-p: Nguyen et al. 2024 (arXiv 2407.01082).
+    """
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+                "greedy": greedy, "raw_logprobs": raw_logprobs}
+    _check(logits, seeds, positions, settings)
+    choose("sample_tokens", "sampling", PREFERENCE, logits.device.type, logits.dtype, backend)
+    return _sample_tokens_torch(logits, seeds, positions, **settings)
+
+
+def _sample_tokens_torch(
+    logits: Tensor, seeds: Tensor, positions: Tensor, temperature: Tensor, top_k: Tensor,
+    top_p: Tensor, min_p: Tensor, greedy: Tensor, raw_logprobs: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits / temperature[:, None].to(dtype)
+    kept = _truncate(logits, top_k, top_p, min_p)
+    logprobs = kept.log_softmax(dim=-1)
+    probs = logprobs.exp()
+    token_ids = _inverse_cdf(probs, uniforms(seeds, positions))
+    if greedy.any():
+        token_ids = torch.where(greedy, logits.argmax(dim=-1), token_ids)
+    chosen = logprobs.gather(1, token_ids[:, None]).squeeze(1)
+    if kept is not logits and raw_logprobs.any():
+        raw = logits.gather(1, token_ids[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
+        chosen = torch.where(raw_logprobs, raw, chosen)
+    # Where p is 0 its log may be -inf, and 0 * -inf is not a number.
+    entropy = -(probs * logprobs.clamp_min(torch.finfo(dtype).min)).sum(dim=-1)
+    return token_ids, chosen.float(), entropy.float()
+
+
+def _inverse_cdf(probs: Tensor, drawn: Tensor) -> Tensor:
+    """[B] int64: the first token whose cumulative probability passes drawn [B] x the total.
+
+    The float64 running sum of a row never decreases and stays equal over tokens of probability
+    0, so the first entry above the target has a probability above 0.
+    """
+    cdf = probs.cumsum(dim=-1, dtype=torch.float64)
+    token_ids = torch.searchsorted(cdf, drawn[:, None] * cdf[:, -1:], right=True).squeeze(1)
+    return token_ids.clamp_max(probs.shape[1] - 1)  # only rows of NaN go past the end
+
+
+def _truncate(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """[B, V] logits with -inf for dropped tokens; `logits` itself when no row drops any."""
+    floor = None
+    vocab_size = logits.shape[1]
+    if (top_k > 0).any() or (top_p < 1).any():
+        ordered = logits.sort(dim=-1, descending=True).values
+        last = torch.where(top_k > 0, top_k, vocab_size).clamp_max(vocab_size)[:, None] - 1
+        floor = ordered.gather(1, last)  # [B, 1], the least likely token that is kept
+        probs = ordered.masked_fill(ordered < floor, -torch.inf).softmax(dim=-1)
+        before = probs.cumsum(dim=-1, dtype=torch.float64) - probs
+        reached = (before < top_p[:, None]).sum(dim=-1, keepdim=True) - 1
+        nucleus = ordered.gather(1, reached.clamp_min(0))
+        floor = torch.where(top_p[:, None] < 1, torch.maximum(floor, nucleus), floor)
+    if (min_p > 0).any():
+        least = logits.amax(dim=-1, keepdim=True) + min_p[:, None].to(logits.dtype).log()
+        floor = least if floor is None else torch.maximum(floor, least)
+    return logits if floor is None else logits.masked_fill(logits < floor, -torch.inf)

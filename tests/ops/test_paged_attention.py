@@ -1,0 +1,138 @@
+"""paged_attention against its per-sequence reference and against packed_attention."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastrl.errors import BackendUnavailableError, ShapeError
+from fastrl.ops.packed_attention import packed_attention
+from fastrl.ops.paged_attention import (
+    page_bucket,
+    paged_attention,
+    paged_attention_reference,
+)
+
+PAGE_SIZE = 4
+
+
+def _inputs(
+    lengths_q: list[int], kv_lens: list[int], heads: tuple[int, int] = (4, 2),
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Any]:
+    """Pages in random order; unwritten slots hold NaN, unused table entries hold nonsense."""
+    generator = torch.Generator().manual_seed(3)
+    needed = [-(-n // PAGE_SIZE) for n in kv_lens]
+    order = torch.randperm(sum(needed) + 2, generator=generator)
+    table = torch.full((len(kv_lens), max(needed) + 1), -7)
+    pages = torch.full((sum(needed) + 2, 2, 2, PAGE_SIZE, heads[1], 8), torch.nan, dtype=dtype)
+    first = 0
+    for row, (count, length) in enumerate(zip(needed, kv_lens, strict=True)):
+        table[row, :count] = order[first : first + count]
+        for token in range(length):
+            pages[table[row, token // PAGE_SIZE], :, :, token % PAGE_SIZE] = torch.randn(
+                2, 2, heads[1], 8, generator=generator, dtype=dtype)
+        first += count
+    return {
+        "query": torch.randn(sum(lengths_q), heads[0], 8, generator=generator, dtype=dtype),
+        "kv_pages": pages, "layer": 1, "page_table": table, "kv_lens": torch.tensor(kv_lens),
+        "cu_seqlens_q": torch.tensor([0, *lengths_q]).cumsum(0),
+        "max_seqlen_q": max(lengths_q), "max_kv_len": max(kv_lens), "scale": 0.4,
+    }
+
+
+CASES = [
+    ([1, 1, 1, 1], [1, 4, 5, 40]),  # decode: one token, full page, one more, many pages
+    ([1, 1, 1], [3, 0, 9]),  # an empty row in a decode batch
+    ([3, 8, 3], [3, 8, 3]),  # prompts alone
+    ([3, 2, 5, 1], [3, 9, 30, 1]),  # prompts and continuations together
+    ([2, 0, 1], [7, 5, 1]),  # a sequence without a query
+]
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 6])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize(("lengths_q", "kv_lens"), CASES, ids=str)
+def test_equals_reference(
+    lengths_q: list[int], kv_lens: list[int], heads: tuple[int, int], window: int | None
+) -> None:
+    inputs = _inputs(lengths_q, kv_lens, heads)
+    out = paged_attention(**inputs, window=window)
+    expected = paged_attention_reference(**inputs, window=window)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    for row, kv_len in enumerate(kv_lens):
+        begin, end = inputs["cu_seqlens_q"][row : row + 2]
+        assert kv_len or not out[begin:end].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_is_within_twice_that_of_the_reference_in_the_same_dtype(dtype: torch.dtype) -> None:
+    inputs = _inputs([1, 1, 7], [50, 9, 7], dtype=dtype)
+    wide = inputs | {"query": inputs["query"].double(), "kv_pages": inputs["kv_pages"].double()}
+    truth = paged_attention_reference(**wide)
+    out, plain = paged_attention(**inputs), paged_attention_reference(**inputs)
+    assert out.dtype == dtype
+    assert (out - truth).abs().max() <= 2 * (plain - truth).abs().max() + torch.finfo(dtype).eps
+
+
+def test_a_prompt_in_pages_equals_packed_attention() -> None:
+    inputs = _inputs([9], [9])
+    key, value = (inputs["kv_pages"][inputs["page_table"][0, :3], 1, side].flatten(0, 1)[:9]
+                  for side in (0, 1))
+    expected = packed_attention(inputs["query"], key, value, torch.tensor([0, 9]), max_seqlen=9,
+                                scale=0.4)
+    torch.testing.assert_close(paged_attention(**inputs), expected)
+
+
+def _single(inputs: dict[str, Any], row: int) -> dict[str, Any]:
+    """The same pages with one sequence alone in the batch."""
+    begin, end = inputs["cu_seqlens_q"][row : row + 2].tolist()
+    kv_lens = inputs["kv_lens"][row : row + 1]
+    width = -(-int(kv_lens) // PAGE_SIZE)  # a narrower table too
+    return inputs | {
+        "query": inputs["query"][begin:end], "page_table": inputs["page_table"][row:, :width][:1],
+        "kv_lens": kv_lens, "cu_seqlens_q": torch.tensor([0, end - begin]),
+        "max_seqlen_q": end - begin, "max_kv_len": int(kv_lens),
+    }
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+@pytest.mark.parametrize("lengths_q", [[1] * 9, [5, 9, 3, 17, 5, 12, 33, 2, 9]], ids=str)
+def test_bits_of_a_sequence_do_not_depend_on_the_batch(
+    lengths_q: list[int], heads: tuple[int, int]
+) -> None:
+    kv_lens = [5, 9, 3, 17, 5, 12, 33, 2, 9]
+    inputs = _inputs(lengths_q, kv_lens, heads, torch.float32)
+    out: Tensor = paged_attention(**inputs)
+    for row in range(len(kv_lens)):
+        begin, end = inputs["cu_seqlens_q"][row : row + 2]
+        assert torch.equal(out[begin:end], paged_attention(**_single(inputs, row)))
+
+
+def test_page_buckets() -> None:
+    assert [page_bucket(n) for n in (1, 2, 7, 8, 9, 15, 17, 20, 21, 33)] == [
+        1, 2, 7, 8, 10, 16, 20, 20, 24, 40]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.zeros(2, 4)}, "expected query"),
+        ({"kv_pages": torch.zeros(2, 2, 4, 2, 8)}, "expected query"),
+        ({"query": torch.zeros(2, 3, 8, dtype=torch.float64)}, "multiples of 2"),
+        ({"query": torch.zeros(2, 4, 8)}, "dtype of the pages"),
+        ({"page_table": torch.zeros(1, 4, dtype=torch.int64)}, "page_table"),
+        ({"cu_seqlens_q": torch.tensor([0, 1])}, "page_table"),
+        ({"max_kv_len": 100}, "more columns"),
+        ({"window": 0}, "at least 1"),
+    ],
+)
+def test_bad_input(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
+        paged_attention(**(_inputs([1, 1], [5, 3]) | change))
+
+
+def test_a_backend_that_is_not_there_is_refused() -> None:
+    with pytest.raises(BackendUnavailableError, match="paged_attention"):
+        paged_attention(**_inputs([1], [1]), backend="triton")
