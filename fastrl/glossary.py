@@ -52,9 +52,95 @@ GLOSSARY: dict[str, Term] = {
         "Mean distance between the predicted and the true share of wins on held-out pairs, over "
         "bins of the prediction."),
     "reward/bias": Term("The shift that gives demonstrations a mean reward of 0."),
+    # PPO: responses
+    "reward/score_mean": Term(
+        "Mean score of this iteration's responses, as the reward model or function gave it.",
+        ("TRL: objective/scores", "OpenRLHF: reward", "verl: critic/score/mean")),
+    "reward/score_std": Term("Spread of those scores; 0 means there is nothing to learn from."),
+    "reward/used_score_mean": Term(
+        "Mean score after clipping and after the penalty for responses that did not stop."),
+    "reward/total_mean": Term(
+        "Mean over responses of everything PPO maximises: the used score minus beta times KL.",
+        ("TRL: objective/rlhf_reward", "OpenRLHF: return", "verl: critic/rewards/mean")),
+    "kl/policy_ref": Term(
+        "How far the policy moved from the reference, in nats per response (k1, summed over "
+        "tokens); it is 0 before the first step.",
+        ("TRL: objective/kl", "OpenRLHF: kl")),
+    "kl/policy_ref_k3": Term("The same distance by an estimator that is never negative (k3)."),
+    "kl/coef": Term("beta, the price of one nat of KL in units of the reward.",
+                    ("TRL: kl_coef", "verl: actor/reward_kl_penalty_coeff")),
+    "kl/coef_per_score_std": Term(
+        "beta divided by the scores' spread in the first iteration: the price of KL in a unit that "
+        "can be compared between reward models."),
+    "entropy/mean": Term(
+        "Mean uncertainty of the policy per token, in nats; a fall towards 0 announces repetition.",
+        ("TRL: objective/entropy", "verl: actor/entropy")),
+    "response/length_mean": Term("Mean number of tokens of a response, end-of-text included.",
+                                 ("OpenRLHF: response_length", "verl: response_length/mean")),
+    "response/eos_rate": Term("Share of responses that stopped by themselves.",
+                              ("TRL: val/num_eos_tokens",)),
+    # PPO: update
+    "logprob/gap_max": Term(
+        "Largest difference between the engine's and the update's log-probs of the same tokens, "
+        "over the rows that were recomputed."),
+    "logprob/num_recomputed": Term(
+        "Iterations so far in which that difference was too large and all log-probs were "
+        "recomputed."),
+    "ratio/first_minibatch_mean": Term(
+        "Mean of new over old probability before the first step of the iteration; it has to be 1.",
+        ("TRL: val/ratio",)),
+    "ratio/first_minibatch_max_error": Term(
+        "Largest distance of that ratio from 1 over the tokens of the first minibatch."),
+    "loss/policy": Term("The clipped policy loss, mean over the iteration's minibatches.",
+                        ("TRL: loss/policy_avg", "OpenRLHF: policy_loss", "verl: actor/pg_loss")),
+    "loss/value": Term("The clipped value loss, mean over the iteration's minibatches.",
+                       ("TRL: loss/value_avg", "OpenRLHF: critic_loss", "verl: critic/vf_loss")),
+    "clip/fraction": Term("Share of tokens whose probability ratio the clip cut off.",
+                          ("TRL: policy/clipfrac_avg", "verl: actor/pg_clipfrac")),
+    "clip/value_fraction": Term("Share of tokens whose value change the clip cut off.",
+                                ("TRL: val/clipfrac_avg", "verl: critic/vf_clipfrac")),
+    "kl/approx": Term(
+        "How far the update moved the policy from the one that sampled: half the mean squared "
+        "log-ratio per token.",
+        ("TRL: policy/approxkl_avg", "verl: actor/ppo_kl")),
+    "value/mean": Term("Mean of the critic's predictions.", ("verl: critic/values/mean",)),
+    "value/return_mean": Term("Mean of what the critic should have predicted.",
+                              ("verl: critic/returns/mean",)),
+    "value/return_std": Term("Spread of what the critic should have predicted."),
+    "value/explained_variance": Term(
+        "Share of the returns' variance that the critic predicted: 1 is perfect, 0 no better than "
+        "a constant, below 0 worse.",
+        ("verl: critic/vf_explained_var",)),
+    "advantage/std": Term("Spread of the advantages before whitening."),
+    "grad/policy_norm": Term("Length of the policy's gradient before clipping.",
+                             ("verl: actor/grad_norm",)),
+    "grad/critic_norm": Term("Length of the critic's gradient before clipping.",
+                             ("verl: critic/grad_norm",)),
+    "lr/policy": Term("Learning rate of the policy.", ("TRL: lr", "verl: actor/lr")),
+    "lr/critic": Term("Learning rate of the critic.", ("verl: critic/lr",)),
+    "update/num_minibatches": Term(
+        "Optimiser steps of the iteration; fewer than planned when approximate KL ended it early."),
+    # PPO: held-out prompts
+    "eval/objective": Term(
+        "Mean held-out score as PPO uses it, minus beta times KL; the best weights are kept by it."),
+    "eval/reward_score_mean": Term("Mean score of the responses to held-out prompts."),
+    "eval/reward_score_std": Term("Spread of the scores on held-out prompts."),
+    "eval/kl_policy_ref": Term("KL to the reference on held-out prompts, in nats per response."),
+    "eval/kl_policy_ref_k3": Term("The same by the estimator k3."),
+    "eval/entropy_mean": Term("Mean uncertainty per token on held-out prompts, in nats."),
+    "eval/response_length_mean": Term("Mean tokens of a response to a held-out prompt."),
+    "eval/response_eos_rate": Term("Share of held-out responses that stopped by themselves."),
+    "eval/ptx_loss": Term(
+        "Mean negative log-probability of held-out pretraining text, in nats; it rises when the "
+        "model forgets."),
     # Time, speed, memory
     "time/step_s": Term("Seconds of this step.", ("verl: timing_s/step",)),
     "time/eval_s": Term("Seconds of the evaluation after this step.", ("verl: timing_s/testing",)),
+    "time/rollout_s": Term("Seconds spent sampling responses.", ("verl: timing_s/gen",)),
+    "time/scoring_s": Term(
+        "Seconds spent on the reference, the critic, the scores and the log-prob check.",
+        ("verl: timing_s/ref + values + reward",)),
+    "time/update_s": Term("Seconds spent in optimiser steps.", ("verl: timing_s/update_actor",)),
     "throughput/tokens_per_s": Term("Tokens processed per second of this step.",
                                     ("verl: perf/throughput",)),
     "memory/peak_gib": Term(
