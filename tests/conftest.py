@@ -55,7 +55,7 @@ def fixed_seeds() -> None:
 
 
 def _fills_with_nan(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`allocate`, but memory that fastrl's own code asked for comes back as NaN (or the minimum)."""
+    """`allocate`, but fastrl's own code gets NaN (integers: the minimum)."""
 
     def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
         tensor = allocate(*args, **kwargs)

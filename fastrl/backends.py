@@ -1,0 +1,219 @@
+"""Which implementation of an op runs: `auto`, `triton`, `cuda` or `torch`, and why.
+
+Order of decision: argument `backend=`, then `with use_backend(...)`, then the environment variable
+FASTRL_BACKEND, then "auto". A name given explicitly never falls back: it runs or raises. "auto"
+walks the op's PREFERENCE and logs once per op, device and dtype what it took and why others were
+refused. Kernels live in `fastrl_kernels/<backend>/<file of the op>.py`, each with
+`supports(device_type, dtype) -> str | None`, the reason for refusing.
+"""
+
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from fastrl.errors import BackendUnavailableError, ConfigError
+
+BACKENDS = ("cuda", "triton", "torch")
+NAMES = ("auto", *BACKENDS)
+
+logger = logging.getLogger("fastrl")
+_current: ContextVar[str | None] = ContextVar("fastrl_backend", default=None)
+_chosen: dict[tuple[str, str, torch.dtype], str] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class BackendStatus:
+    """One line of `fastrl doctor`: can this backend run this op here?"""
+
+    op: str
+    backend: str
+    status: str
+    """"chosen" (auto takes it), "available" or "unavailable"."""
+    reason: str
+    """Why it cannot run; empty where it can."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    reason: str
+    remedy: str
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on the backend `name`, where an op call names none itself.
+
+    Args:
+        name: auto, cuda, triton or torch.
+    Raises:
+        ConfigError: when there is no such backend.
+    Example:
+        >>> with use_backend("torch"):
+        ...     choose("whiten", "masked", ("torch",), "cpu", torch.float32)
+        'torch'
+    """
+    token = _current.set(_known(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def choose(
+    op: str, kernel: str, preference: tuple[str, ...], device_type: str, dtype: torch.dtype,
+    backend: str | None = None,
+) -> str:
+    """The name of the backend that runs `op` now.
+
+    A compiled graph keeps the name that was chosen while it was traced.
+
+    Args:
+        op: Name of the public function, for messages.
+        kernel: Name of its file, in `fastrl/ops` and in `fastrl_kernels/<backend>`.
+        preference: Backends that have the op, best first; always ends with "torch".
+        device_type: Where the tensors live: "cpu", "cuda".
+        dtype: Their floating point type.
+        backend: What the caller asked for; None follows use_backend, then FASTRL_BACKEND.
+    Raises:
+        BackendUnavailableError: when a backend is named that cannot run.
+        ConfigError: when there is no backend of that name.
+    """
+    requested = _requested(backend)
+    if requested != "auto":
+        refusal = _refusal(kernel, preference, requested, device_type, dtype, _interpreted())
+        if refusal is not None:
+            raise _unavailable(op, kernel, preference, requested, device_type, dtype, refusal)
+        return requested
+    refusals: dict[str, str] = {}
+    for name in preference:
+        refusal = _refusal(kernel, preference, name, device_type, dtype, False)
+        if refusal is None:
+            _log_once(op, name, device_type, dtype, refusals)
+            return name
+        refusals[name] = refusal.reason
+    raise AssertionError(f"PREFERENCE of {op} does not end with torch: {preference}")
+
+
+def chosen_backends() -> dict[str, str]:
+    """What "auto" has taken so far: op, device and dtype -> backend, for a run's first metrics."""
+    return {
+        f"{op} {device_type} {str(dtype).removeprefix('torch.')}": name
+        for (op, device_type, dtype), name in sorted(_chosen.items(), key=str)
+    }
+
+
+def backend_table(
+    operations: ModuleType, device_type: str, dtype: torch.dtype = torch.float32
+) -> list[BackendStatus]:
+    """Every op with every backend: what "auto" would take, what could run, why others cannot.
+
+    Args:
+        operations: `fastrl.ops`; its `__all__` is searched for functions with a PREFERENCE.
+        device_type: Where the tensors would live: "cpu" or "cuda".
+        dtype: Their floating point type.
+    """
+    table = []
+    for op in operations.__all__:
+        function = getattr(operations, op)
+        module = importlib.import_module(function.__module__)
+        preference = getattr(module, "PREFERENCE", None)
+        if isinstance(function, type) or preference is None:
+            continue  # a Stats class
+        kernel = module.__name__.rpartition(".")[2]
+        is_taken = False
+        for name in (*preference, *(b for b in BACKENDS if b not in preference)):
+            refusal = _refusal(kernel, preference, name, device_type, dtype, False)
+            can_run = "available" if is_taken else "chosen"
+            is_taken = is_taken or refusal is None
+            table.append(BackendStatus(
+                op, name, can_run if refusal is None else "unavailable",
+                "" if refusal is None else refusal.reason,
+            ))
+    return table
+
+
+def _requested(backend: str | None) -> str:
+    """The name that counts, from argument, context and environment."""
+    if backend is not None:
+        return _known(backend, "backend")
+    current = _current.get()
+    if current is not None:
+        return current
+    return _known(os.environ.get("FASTRL_BACKEND") or "auto", "FASTRL_BACKEND")
+
+
+def _known(name: str, origin: str) -> str:
+    if name not in NAMES:
+        raise ConfigError(f"{origin}: expected one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+def _interpreted() -> bool:
+    """True when Triton kernels run on CPU tensors, by Triton's own switch."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _refusal(
+    kernel: str, preference: tuple[str, ...], backend: str, device_type: str, dtype: torch.dtype,
+    interpreted: bool,
+) -> _Refusal | None:
+    """Why `backend` cannot run the op, or None. A package is looked up, never tried."""
+    if backend == "torch":
+        return None
+    if backend not in preference:
+        return _Refusal(f"this version has no {backend} kernel for it", "")
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return _Refusal("package triton is not installed", "Install triton (Linux only)")
+    if backend == "cuda" and importlib.util.find_spec("fastrl_kernels._C") is None:
+        return _Refusal(
+            "the extension fastrl_kernels._C is not built",
+            "Build it with FASTRL_BUILD_CUDA=1 pip install --no-build-isolation .",
+        )
+    if device_type != "cuda" and not (backend == "triton" and interpreted):
+        return _Refusal(f"the tensors are on {device_type}", "Move them to a GPU")
+    module = importlib.import_module(f"fastrl_kernels.{backend}.{kernel}")
+    reason = module.supports(device_type, dtype)
+    return None if reason is None else _Refusal(reason, "")
+
+
+def _unavailable(
+    op: str, kernel: str, preference: tuple[str, ...], backend: str, device_type: str,
+    dtype: torch.dtype, refusal: _Refusal,
+) -> BackendUnavailableError:
+    """The error for a named backend: reason, remedy, and what would work."""
+    works = [
+        name for name in BACKENDS
+        if _refusal(kernel, preference, name, device_type, dtype, _interpreted()) is None
+    ]
+    remedy = f"{refusal.remedy}, or use" if refusal.remedy else "Use"
+    return BackendUnavailableError(
+        f"{op}: backend {backend!r} cannot run here: {refusal.reason}. {remedy} a backend that "
+        f"would work: {', '.join(works)}."
+    )
+
+
+def _log_once(
+    op: str, name: str, device_type: str, dtype: torch.dtype, refusals: dict[str, str]
+) -> None:
+    """Say what "auto" took; loudly when a GPU gets the slow path though a kernel exists."""
+    key = (op, device_type, dtype)
+    if _chosen.get(key) == name:
+        return
+    _chosen[key] = name
+    is_slow = name == "torch" and device_type == "cuda" and bool(refusals)
+    why = "".join(f"; {other} refused: {reason}" for other, reason in refusals.items())
+    logger.log(
+        logging.WARNING if is_slow else logging.INFO,
+        "%s on %s %s: %s%s", op, device_type, str(dtype).removeprefix("torch."), name, why,
+    )
