@@ -33,7 +33,7 @@ GLOSSARY: dict[str, Term] = {
     "grad/norm": Term(
         "Length of the whole gradient before clipping; a sudden jump announces trouble.",
         ("TRL: grad_norm",)),
-    "lr": Term("Learning rate of this step.", ("TRL: learning_rate",)),
+    "lr/model": Term("Learning rate of this step.", ("TRL: learning_rate",)),
     # Reward model
     "loss/ranking": Term(
         "Mean over prompts of the mean over pairs of -log sigmoid(better score - worse score).",
@@ -48,6 +48,9 @@ GLOSSARY: dict[str, Term] = {
                                  ("TRL: eval_accuracy",)),
     "reward/margin_mean": Term("Mean of better score minus worse score over this step's pairs.",
                                ("TRL: margin",)),
+    "reward/length_accuracy_eval": Term(
+        "Accuracy on the held-out comparisons of a rule that looks at nothing but length (longer or "
+        "shorter wins, whichever did in training); a reward model should beat it."),
     "reward/calibration_error": Term(
         "Mean distance between the predicted and the true share of wins on held-out pairs, over "
         "bins of the prediction."),
@@ -67,10 +70,10 @@ GLOSSARY: dict[str, Term] = {
         "tokens); it is 0 before the first step.",
         ("TRL: objective/kl", "OpenRLHF: kl")),
     "kl/policy_ref_k3": Term("The same distance by an estimator that is never negative (k3)."),
-    "kl/coef": Term("beta, the price of one nat of KL in units of the reward.",
+    "kl/coef": Term("The price of one nat of KL (beta), in units of the reward.",
                     ("TRL: kl_coef", "verl: actor/reward_kl_penalty_coeff")),
     "kl/coef_per_score_std": Term(
-        "beta divided by the scores' spread in the first iteration: the price of KL in a unit that "
+        "That price divided by the scores' spread in the first iteration: in a unit that "
         "can be compared between reward models."),
     "entropy/mean": Term(
         "Mean uncertainty of the policy per token, in nats; a fall towards 0 announces repetition.",
@@ -122,7 +125,8 @@ GLOSSARY: dict[str, Term] = {
         "Optimiser steps of the iteration; fewer than planned when approximate KL ended it early."),
     # PPO: held-out prompts
     "eval/objective": Term(
-        "Mean held-out score as PPO uses it, minus beta times KL; the best weights are kept by it."),
+        "Mean held-out score as PPO uses it, minus beta times KL; the best weights are those with "
+        "the highest."),
     "eval/reward_score_mean": Term("Mean score of the responses to held-out prompts."),
     "eval/reward_score_std": Term("Spread of the scores on held-out prompts."),
     "eval/kl_policy_ref": Term("KL to the reference on held-out prompts, in nats per response."),
@@ -141,7 +145,7 @@ GLOSSARY: dict[str, Term] = {
         "Seconds spent on the reference, the critic, the scores and the log-prob check.",
         ("verl: timing_s/ref + values + reward",)),
     "time/update_s": Term("Seconds spent in optimiser steps.", ("verl: timing_s/update_actor",)),
-    "throughput/tokens_per_s": Term("Tokens processed per second of this step.",
+    "throughput/tokens_per_s": Term("Tokens processed per second of this step; in PPO, response tokens.",
                                     ("verl: perf/throughput",)),
     "memory/peak_gib": Term(
         "Most memory used so far, in GiB: of the process on a CPU, of PyTorch on a GPU.",
@@ -162,8 +166,11 @@ def explain(name: str) -> Term:
 
 
 def to_markdown() -> str:
-    """The table of docs/metrics.md."""
-    lines = ["| metric | meaning | elsewhere |", "|---|---|---|"]
+    """The page docs/metrics.md."""
+    lines = ["# Metrics", "",
+             "Every number that a run writes to `metrics.jsonl` or `timing.jsonl`, and the names",
+             "that other systems have for it. Made from `fastrl/glossary.py`.", "",
+             "| metric | meaning | elsewhere |", "|---|---|---|"]
     lines += [f"| `{name}` | {term.meaning} | {'; '.join(term.peers)} |"
               for name, term in sorted(GLOSSARY.items())]
     return "\n".join(lines) + "\n"

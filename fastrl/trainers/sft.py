@@ -114,7 +114,7 @@ class SFTTrainer:
         self.num_finished = number
         num_tokens = sum(len(e.token_ids) for e in (*examples, *windows))
         return metrics | {
-            "lr": learning_rate,
+            "lr/model": learning_rate,
             "data/epoch": number / self.steps_per_epoch,
             "data/target_tokens": float(num_targets(examples)),
             "memory/peak_gib": peak_memory_gib(next(self.model.parameters()).device),

@@ -1,0 +1,251 @@
+"""Reward models from rankings: all pairs of a prompt in one batch element, one forward each.
+
+K completions of a prompt are K sequences of the packed batch; the C(K, 2) pairs are formed from
+their K scores. The completions of one prompt always share a microbatch (a prompt that alone exceeds
+the token budget is a microbatch of its own), so the token budget never changes loss or gradients.
+There is no dropout.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastrl.config import RewardConfig
+from fastrl.errors import DataError
+from fastrl.metrics import PhaseTimer, RunFolder, peak_memory_gib
+from fastrl.models.causal_lm import ScalarModel
+from fastrl.models.scoring import sequence_scores
+from fastrl.ops import RankingStats, ranking_loss
+from fastrl.optim import AdamW, Schedule, clip_grad_norm
+from fastrl.trainers.common import (
+    Progress,
+    SilentProgress,
+    accumulate,
+    check_finite,
+    epoch_batches,
+    mode,
+    packed_forward,
+    require_rows,
+)
+from fastrl.trainers.reward_report import RewardReport, build_report, has_pair
+from fastrl.types import Comparison, TokenExample
+
+log = logging.getLogger("fastrl")
+
+
+class RewardTrainer:
+    """Trains a scalar model to order completions as people ranked them.
+
+    Args:
+        config: Every setting.
+        model: Trained in place; its head's bias is set at the end.
+        train: Rankings. Those without a pair of different ranks are dropped and counted in
+            `num_without_pair`; prompts that are too long lose their beginning (`num_truncated`);
+            completions that leave no room for a prompt drop the ranking (`num_too_long`).
+        eval: Held-out rankings for `evaluate` during and after training.
+        demonstrations: Prompt and completion in one example; they get mean reward 0.
+        run: Where metrics and the report go; None writes nothing.
+    Raises:
+        DataError: when no ranking is left, or a ranking is malformed.
+    Source: Ouyang et al. 2022 (arXiv 2203.02155), section 3.5, equation 1, and appendix C.2.
+    """
+
+    def __init__(
+        self,
+        config: RewardConfig,
+        model: ScalarModel,
+        train: Sequence[Comparison],
+        *,
+        eval: Sequence[Comparison] = (),
+        demonstrations: Sequence[TokenExample] = (),
+        run: RunFolder | None = None,
+    ) -> None:
+        self.config, self.model, self.run = config, model, run
+        for index, comparison in enumerate((*train, *eval)):
+            _check_comparison(comparison, index)
+        with_pair = [c for c in train if has_pair(c)]
+        self.comparisons, self.num_truncated = fit_comparisons(with_pair, config.max_seq_tokens)
+        self.num_without_pair = len(train) - len(with_pair)
+        self.num_too_long = len(with_pair) - len(self.comparisons)
+        require_rows(self.comparisons, "rankings with a pair of different ranks")
+        log.info("reward model: %d rankings; dropped %d without a pair and %d that are too long; "
+                 "%d lost the beginning of the prompt", len(self.comparisons),
+                 self.num_without_pair, self.num_too_long, self.num_truncated)
+        self.eval = list(eval)
+        self.demonstrations = [e.token_ids[-config.max_seq_tokens:] for e in demonstrations]
+        self.steps_per_epoch = -(-len(self.comparisons) // config.batch_size)
+        self.num_steps = config.max_steps or self.steps_per_epoch * config.num_epochs
+        self.schedule = Schedule.from_config(config, self.num_steps)
+        self.optimizer = AdamW.from_config(model.parameters(), config)
+        self.num_finished = 0
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step over `batch_size` prompts; returns its metrics."""
+        config, timer, number = self.config, PhaseTimer(), self.num_finished + 1
+        epoch, index = divmod(self.num_finished, self.steps_per_epoch)
+        rows = epoch_batches(len(self.comparisons), config.batch_size, config.seed, epoch)[index]
+        batch = [self.comparisons[i] for i in rows]
+        learning_rate = self.schedule(self.num_finished)
+        self.optimizer.zero_grad()
+        metrics = backward_ranking_loss(self.model, batch, config)
+        metrics["grad/norm"] = clip_grad_norm(self.optimizer.parameters, config.max_grad_norm)
+        check_finite(number, metrics)
+        self.optimizer.step(learning_rate)
+        self.num_finished = number
+        return metrics | {
+            "lr/model": learning_rate,
+            "data/epoch": number / self.steps_per_epoch,
+            "memory/peak_gib": peak_memory_gib(next(self.model.parameters()).device),
+        } | timer.metrics(sum(group_lengths(batch)))
+
+    def train(self, progress: Progress | None = None) -> None:
+        """Every step that is left, the shift, and the report on the held-out rankings."""
+        progress = progress or SilentProgress()
+        while self.num_finished < self.num_steps:
+            metrics = self.step()
+            step, every = self.num_finished, self.config.eval_steps
+            evaluate = bool(self.eval) and (step == self.num_steps
+                                            or (every is not None and step % every == 0))
+            if step == self.num_steps:
+                metrics["reward/bias"] = self.shift()
+            if evaluate:
+                metrics |= self._eval_metrics()
+            due = step % self.config.logging_steps == 0 or step == self.num_steps or evaluate
+            if self.run is not None and due:
+                self.run.log(step, metrics)
+            progress.update(step, metrics)
+
+    def shift(self) -> float:
+        """Set the head's bias so that demonstrations have mean reward 0; returns the bias.
+
+        Without demonstrations, or with `shift_to_demonstrations` off, the completions of the
+        training rankings get mean 0 instead.
+        """
+        if self.config.shift_to_demonstrations and self.demonstrations:
+            kind, sequences = "demonstrations", self.demonstrations
+        else:
+            kind = "training completions"
+            sequences = [s for c in self.comparisons for s in comparison_sequences(c)]
+        bias = self.model.head.bias
+        with torch.no_grad():
+            bias -= self._scores(sequences).double().mean().to(bias)
+        log.info("reward model: bias %.6g gives %d %s a mean reward of 0", float(bias),
+                 len(sequences), kind)
+        if self.run is not None:
+            self.run.update_run({"reward_shift": {"mean_zero_on": kind, "count": len(sequences),
+                                                  "bias": float(bias)}})
+        return float(bias)
+
+    def evaluate(self, comparisons: Sequence[Comparison]) -> RewardReport:
+        """Accuracy, calibration and the length-only baseline on held-out rankings.
+
+        Writes `reward_report.json` into the run folder.
+
+        Raises:
+            DataError: when there is no pair of different ranks.
+        """
+        fitting, _ = fit_comparisons(comparisons, self.config.max_seq_tokens)
+        sequences = [s for c in fitting for s in comparison_sequences(c)]
+        scores = self._scores(sequences).tolist() if sequences else []
+        groups, begin = [], 0
+        for c in fitting:
+            groups.append(scores[begin:begin + len(c.completions)])
+            begin += len(c.completions)
+        report = build_report(fitting, groups, self.comparisons)
+        report = replace(report, num_too_long=len(comparisons) - len(fitting))
+        if self.run is not None:
+            self.run.write_json("reward_report.json", report.to_dict())
+        return report
+
+    def _eval_metrics(self) -> dict[str, float]:
+        """The headline figures of a report."""
+        timer = PhaseTimer()
+        with timer.phase("eval"):
+            report = self.evaluate(self.eval)
+        return {
+            "loss/ranking_eval": report.loss,
+            "reward/accuracy_eval": report.overall.accuracy,
+            "reward/length_accuracy_eval": report.overall.length_accuracy,
+            "reward/calibration_error": report.calibration_error,
+            "reward/score_mean": report.score_mean,
+            "reward/score_std": report.score_std,
+            "time/eval_s": timer.metrics()["time/eval_s"],
+        }
+
+    def _scores(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """[B] scores, no gradient."""
+        with mode(self.model, train=False):
+            return sequence_scores(self.model, sequences, self.config.max_tokens_per_microbatch)
+
+
+def backward_ranking_loss(
+    model: ScalarModel, comparisons: Sequence[Comparison], config: RewardConfig
+) -> dict[str, float]:
+    """Add the gradient of a minibatch's ranking loss; return its loss, accuracy and margin.
+
+        loss = mean over prompts of the mean over pairs of -log sigmoid(r(better) - r(worse))
+    """
+    stats: list[RankingStats] = []
+
+    def share(rows: list[int]) -> Tensor:
+        group = [comparisons[i] for i in rows]
+        values, batch = packed_forward(model, [s for c in group for s in comparison_sequences(c)])
+        device = values.device
+        ranks = torch.tensor([r for c in group for r in c.ranks], device=device)
+        sizes = torch.tensor([0, *[len(c.ranks) for c in group]], device=device)
+        loss, partial = ranking_loss(
+            values[batch.cu_seqlens[1:] - 1], ranks, sizes.cumsum(0), ties=config.ties,
+            denominator=len(comparisons))
+        stats.append(partial)
+        return loss
+
+    with mode(model, train=False):
+        loss = accumulate(group_lengths(comparisons), config.max_tokens_per_microbatch, share)
+    return {"loss/ranking": float(loss), **_ranking_metrics(stats)}
+
+
+def comparison_sequences(comparison: Comparison) -> list[tuple[int, ...]]:
+    """K token lists: the prompt followed by each completion."""
+    return [comparison.prompt_ids + completion for completion in comparison.completions]
+
+
+def group_lengths(comparisons: Sequence[Comparison]) -> list[int]:
+    """Tokens of all K sequences of each comparison."""
+    return [len(c.prompt_ids) * len(c.completions) + sum(map(len, c.completions))
+            for c in comparisons]
+
+
+def fit_comparisons(
+    comparisons: Sequence[Comparison], max_tokens: int
+) -> tuple[list[Comparison], int]:
+    """Cut the beginning of prompts so that every prompt + completion has at most `max_tokens`.
+
+    All completions of a prompt see the same prompt. Where the longest completion leaves no room for
+    a prompt token, the comparison is left out.
+
+    Returns:
+        The comparisons that remain, and how many of them were cut.
+    """
+    kept, num_cut = [], 0
+    for c in comparisons:
+        room = max_tokens - max(map(len, c.completions))
+        if room >= len(c.prompt_ids):
+            kept.append(c)
+        elif room > 0:
+            kept.append(replace(c, prompt_ids=c.prompt_ids[-room:]))
+            num_cut += 1
+    return kept, num_cut
+
+
+def _check_comparison(comparison: Comparison, index: int) -> None:
+    """Raise DataError unless ranks fit completions and there is something to read."""
+    if len(comparison.ranks) != len(comparison.completions) or not comparison.ranks:
+        raise DataError(f"comparison {index}: expected one rank for each of at least one "
+                        f"completion, got {len(comparison.ranks)} ranks for "
+                        f"{len(comparison.completions)} completions; rebuild the comparison")
+    if not comparison.prompt_ids:
+        raise DataError(f"comparison {index}: expected a prompt of at least one token, got none; "
+                        "begin prompts with a beginning-of-text token")
