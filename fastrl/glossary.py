@@ -145,8 +145,9 @@ GLOSSARY: dict[str, Term] = {
         "Seconds spent on the reference, the critic, the scores and the log-prob check.",
         ("verl: timing_s/ref + values + reward",)),
     "time/update_s": Term("Seconds spent in optimiser steps.", ("verl: timing_s/update_actor",)),
-    "throughput/tokens_per_s": Term("Tokens processed per second of this step; in PPO, response tokens.",
-                                    ("verl: perf/throughput",)),
+    "throughput/tokens_per_s": Term(
+        "Tokens processed per second of this step; in PPO, response tokens.",
+        ("verl: perf/throughput",)),
     "memory/peak_gib": Term(
         "Most memory used so far, in GiB: of the process on a CPU, of PyTorch on a GPU.",
         ("verl: perf/max_memory_allocated_gb",)),
