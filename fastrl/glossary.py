@@ -49,7 +49,7 @@ GLOSSARY: dict[str, Term] = {
     "reward/margin_mean": Term("Mean of better score minus worse score over this step's pairs.",
                                ("TRL: margin",)),
     "reward/length_accuracy_eval": Term(
-        "Accuracy on the held-out comparisons of a rule that looks at nothing but length (longer or "
+        "Accuracy on the held-out comparisons of a rule that looks at length alone (longer or "
         "shorter wins, whichever did in training); a reward model should beat it."),
     "reward/calibration_error": Term(
         "Mean distance between the predicted and the true share of wins on held-out pairs, over "
