@@ -183,8 +183,8 @@ def _generate(parser: Parser, argv: list[str]) -> int:
 
     from fastrl.console import Console
 
-    console = Console(quiet=quiet)
-    console.result(f"rows    {generate(config, console)}")
+    # Rows may go to standard output, so that everything else goes beside it.
+    generate(config, Console(quiet=quiet, file=sys.stderr))
     return 0
 
 

@@ -148,6 +148,11 @@ class Console:
         """Print a line that another program may read: also in quiet mode, never wrapped."""
         self.rich.print(text, soft_wrap=True)
 
+    def piece(self, text: str) -> None:
+        """Print a piece of a text that is still being made, at once and without a line end."""
+        self.rich.file.write(printable(text))
+        self.rich.file.flush()
+
     def warning(self, text: str) -> None:
         """Print a warning, also in quiet mode."""
         self.rich.print(Text(f"warning: {printable(text)}", style="yellow"))

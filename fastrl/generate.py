@@ -1,0 +1,170 @@
+"""`fastrl generate`: completions of a model as rows ready to be ranked.
+
+A row is `{"prompt" or "messages", "completions": [{"text", "token_ids", "logprobs",
+"finish_reason"}]}`. With a `rank` in every completion (0 is best) it is a row of a ranking file.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from fastrl.config import EngineConfig, SamplingConfig, check
+from fastrl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fastrl.console import Console
+    from fastrl.data import TextEncoder
+    from fastrl.types import Prompt, Rollout
+
+_RESPONSES_PER_CALL = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateRun(SamplingConfig):
+    """The settings of `fastrl generate`."""
+
+    model_name_or_path: str
+    """Folder of the model."""
+    prompts: tuple[str, ...] = ()
+    """Prompt files: rows with `prompt` or `messages`."""
+    prompt: str | None = None
+    """One prompt, in place of files."""
+    output: str | None = None
+    """File of the rows (JSON lines), which must not exist; null: standard output."""
+    num_samples_per_prompt: int = 1
+    """Completions of each prompt."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted."""
+    seed: int = 0
+    """The same seed, prompts and model give the same completions."""
+    engine: EngineConfig = EngineConfig()
+    """Sizes of the rollout engine."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; auto takes a GPU when there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."""
+
+    def __post_init__(self) -> None:
+        SamplingConfig.__post_init__(self)
+        check((self.prompt is None) != (not self.prompts), "prompts",
+              "either prompt files or one --prompt", self.prompts)
+        for name in ("num_samples_per_prompt", "max_prompt_tokens"):
+            check(getattr(self, name) > 0, name, "a number above 0", getattr(self, name))
+        check(self.seed >= 0, "seed", "a whole number of at least 0", self.seed)
+
+
+def sampling_of(config: SamplingConfig) -> SamplingConfig:
+    """Return the sampling settings of a config that inherits them."""
+    names = [field.name for field in dataclasses.fields(SamplingConfig)]
+    return SamplingConfig(**{name: getattr(config, name) for name in names})
+
+
+def generate(config: GenerateRun, console: "Console") -> int:
+    """Write the completions that a config asks for.
+
+    Args:
+        config: Model, prompts, sampling and where to write.
+        console: Shows progress.
+    Returns:
+        The number of rows written.
+    Raises:
+        ConfigError: the output file exists, or its folder does not.
+        DataError: a prompt file is broken, or no prompt is left.
+        ModelError: the model cannot be loaded.
+    """
+    from fastrl.data import load_encoder
+    from fastrl.engine import Engine
+    from fastrl.models import load_causal_lm
+    from fastrl.trainers.common import resolve_device, resolve_dtype
+
+    with _open_output(config.output) as file:
+        device = resolve_device(config.device)
+        encoder = load_encoder(config.model_name_or_path)
+        prompts = _load_prompts(config, encoder, console)
+        model = load_causal_lm(config.model_name_or_path, device=str(device),
+                               dtype=str(resolve_dtype(config.dtype, device))
+                               .removeprefix("torch.")).eval()
+        engine = Engine(model, config.engine, encoder=encoder)
+        group, num_rows = config.num_samples_per_prompt, 0
+        chunk = max(1, _RESPONSES_PER_CALL // group)
+        with console.progress("generate", len(prompts) * group) as progress:
+            for begin in range(0, len(prompts), chunk):
+                part = prompts[begin:begin + chunk]
+                rollout = engine.generate(
+                    [prompt.token_ids for prompt in part], sampling_of(config), seed=config.seed,
+                    num_samples_per_prompt=group, first_request_id=begin * group)
+                for row in _rows(part, rollout, encoder):
+                    file.write(row + "\n")
+                    num_rows += 1
+                progress.update(num_rows * group, _headline(rollout))
+    return num_rows
+
+
+def _load_prompts(config: GenerateRun, encoder: "TextEncoder", console: "Console"
+                  ) -> list["Prompt"]:
+    from fastrl.data import load_prompts
+    from fastrl.errors import DataError
+    from fastrl.types import Prompt
+
+    if config.prompt is not None:
+        ids = encoder.encode_prompt(config.prompt)
+        if len(ids) > config.max_prompt_tokens:
+            raise DataError(f"--prompt: expected at most {config.max_prompt_tokens} tokens, got "
+                            f"{len(ids)}; shorten it or raise --max_prompt_tokens")
+        return [Prompt(token_ids=tuple(ids), text=config.prompt, row={"prompt": config.prompt})]
+    prompts: list[Prompt] = []
+    for path in config.prompts:
+        loaded, report = load_prompts(path, encoder, config.max_prompt_tokens)
+        prompts += loaded
+        console.print(f"{path}: {report}")
+    return prompts
+
+
+def _rows(prompts: list["Prompt"], rollout: "Rollout", encoder: "TextEncoder") -> Iterator[str]:
+    """One JSON line per prompt, with all of its completions."""
+    from fastrl.metrics import to_json
+    from fastrl.rewards import decode_response
+
+    group = rollout.num_samples_per_prompt
+    for index, prompt in enumerate(prompts):
+        row: dict[str, Any] = _prompt_columns(prompt.row)
+        row["completions"] = [
+            {"text": decode_response(rollout, i, encoder), "token_ids": rollout.response(i),
+             "logprobs": rollout.rollout_logprobs[i, :int(rollout.response_lens[i])].tolist(),
+             "finish_reason": rollout.finish_reasons[i]}
+            for i in range(index * group, (index + 1) * group)
+        ]
+        yield to_json(row)
+
+
+def _prompt_columns(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ranking row keeps of a prompt row; answers that came with it are left out."""
+    return {name: row[name] for name in ("prompt", "messages", "source", "id") if name in row}
+
+
+def _headline(rollout: "Rollout") -> dict[str, float]:
+    return {"policy/entropy": float(rollout.entropy[rollout.response_mask].mean()),
+            "response/length_mean": float(rollout.response_lens.double().mean())}
+
+
+@contextmanager
+def _open_output(output: str | None) -> Iterator[TextIO]:
+    """The file to write to; it appears under its name when everything is in it."""
+    if output is None:
+        yield sys.stdout
+        return
+    path = Path(output)
+    if path.exists():
+        raise ConfigError(f"output: expected a new file, got {path}, which exists; choose another "
+                          "name or delete it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"output: expected a folder at {path.parent}, found none; create it")
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        yield file
+    os.replace(part, path)
