@@ -1,0 +1,20 @@
+"""Models: one packed contract, a native decoder family, and transformers for the rest."""
+
+from fastrl.models.attention import Attention, PackedAttention, PagedAttention
+from fastrl.models.causal_lm import CausalLM, ScalarModel, scalar_from_causal
+from fastrl.models.decoder import Decoder, DecoderConfig, new_decoder
+from fastrl.models.heads import LMHead, ScalarHead
+from fastrl.models.scoring import (
+    response_logprobs,
+    response_scores,
+    response_values,
+    sequence_scores,
+)
+from fastrl.models.spec import ModelSpec, check_tokenizer
+
+__all__ = [
+    "Attention", "CausalLM", "Decoder", "DecoderConfig", "LMHead", "ModelSpec", "PackedAttention",
+    "PagedAttention", "ScalarHead", "ScalarModel", "check_tokenizer", "new_decoder",
+    "response_logprobs", "response_scores", "response_values", "scalar_from_causal",
+    "sequence_scores",
+]

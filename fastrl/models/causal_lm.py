@@ -1,0 +1,78 @@
+"""A trunk with a head: language models, and models that give one number per token."""
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastrl.models.attention import Attention
+from fastrl.models.heads import LMHead, ScalarHead
+from fastrl.models.spec import ModelSpec
+
+
+class CausalLM(nn.Module):
+    """A language model whose logits are never stored: the head is applied by an op.
+
+    Args:
+        backbone: `(token_ids [N], positions [N], attention) -> hidden [N, D]`, final norm applied.
+        lm_head: The unembedding.
+        spec: Sizes.
+    """
+
+    def __init__(self, backbone: nn.Module, lm_head: LMHead, spec: ModelSpec) -> None:
+        super().__init__()
+        self.backbone, self.lm_head, self.spec = backbone, lm_head, spec
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Hidden states of packed tokens.
+
+        Args:
+            token_ids: [N] int64.
+            positions: [N] int64, counted from 0 in each sequence.
+            attention: What each token may look at.
+        Returns:
+            [N, D], the states that `lm_head` takes; row i predicts the token after token i.
+        """
+        hidden: Tensor = self.backbone(token_ids, positions, attention)
+        return hidden
+
+
+class ScalarModel(nn.Module):
+    """A reward model or a critic: one number per token.
+
+    Args:
+        backbone: As in `CausalLM`.
+        head: The scalar head; its bias is the reward shift.
+        spec: Sizes.
+    """
+
+    def __init__(self, backbone: nn.Module, head: ScalarHead, spec: ModelSpec) -> None:
+        super().__init__()
+        self.backbone, self.head, self.spec = backbone, head, spec
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """[N] float32, the number at each token, bias included. Arguments as in `CausalLM`."""
+        values: Tensor = self.head(self.backbone(token_ids, positions, attention))
+        return values
+
+
+def scalar_from_causal(
+    model: CausalLM, seed: int, init: Literal["normal", "zero"] = "normal"
+) -> ScalarModel:
+    """A scalar model on a copy of a language model's trunk.
+
+    Args:
+        model: Left as it is; the copy shares no memory with it.
+        seed: Of the new head.
+        init: `normal` draws the head from N(0, 1/(D+1)), `zero` starts from 0.
+    Source: Stiennon et al. 2020 (arXiv 2009.01325), code: standard deviation 1/sqrt(D+1).
+    """
+    backbone = copy.deepcopy(model.backbone)
+    weight = torch.zeros(model.spec.hidden_size)
+    if init == "normal":
+        generator = torch.Generator().manual_seed(seed)
+        weight.normal_(0, (model.spec.hidden_size + 1) ** -0.5, generator=generator)
+    like = model.lm_head.weight
+    head = ScalarHead(nn.Parameter(weight.to(like.device, like.dtype)))
+    return ScalarModel(backbone, head, model.spec).train(model.training)

@@ -1,0 +1,329 @@
+"""The native decoder family: llama, mistral, qwen2, qwen3, gpt2 and gpt_neox as one configuration.
+
+N packed tokens, D width, Hq and Hk query and KV heads, C channels per head, R rotary channels.
+Sums and casts are in transformers' order, so that logits agree to rounding.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastrl.errors import ModelError
+from fastrl.models.attention import Attention
+from fastrl.models.causal_lm import CausalLM
+from fastrl.models.heads import LMHead
+from fastrl.models.spec import ModelSpec
+
+FamilyName = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RotaryScaling:
+    """How rotary frequencies are stretched for longer contexts."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above `original_max_positions / low_freq_factor` are divided in full."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below `original_max_positions / high_freq_factor` stay as they are."""
+    original_max_positions: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderConfig:
+    """Shape of a native decoder. `fastrl.models.families` reads and writes it as config.json."""
+
+    family: FamilyName
+    """Names and layouts of the checkpoint; the switches below must be ones the family has."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    norm: Literal["rms", "layer"] = "rms"
+    norm_epsilon: float = 1e-6
+    activation: str = "silu"
+    gated_mlp: bool = True
+    """The activation multiplies a second projection."""
+    rotary_dim: int = 0
+    """Rotary channels of each head, the first ones; 0: learned position embeddings."""
+    rotary_base: float = 10000.0
+    rotary_scaling: RotaryScaling | None = None
+    windows: tuple[int | None, ...] | None = None
+    """Keys a query may see, itself included, layer by layer; None: all, in every layer."""
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm over the channels of each query and key head."""
+    parallel_residual: bool = False
+    """Attention and MLP read the same residual stream."""
+    tie_embeddings: bool = False
+    """The unembedding is the embedding."""
+    initializer_range: float = 0.02
+    """Standard deviation of new weights."""
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        def expect(condition: bool, field: str, expected: str) -> None:
+            if not condition:
+                raise ModelError(f"{field}: expected {expected}, got {getattr(self, field)!r}; "
+                                 f"correct {field} in the model's config")
+
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
+                      "num_kv_heads", "head_dim", "max_positions"):
+            expect(getattr(self, field) >= 1, field, "a whole number of at least 1")
+        expect(self.num_heads % self.num_kv_heads == 0, "num_kv_heads",
+               f"a divisor of the {self.num_heads} query heads")
+        expect(self.activation in ACTIVATIONS, "activation", f"one of {sorted(ACTIVATIONS)}")
+        expect(self.rotary_dim % 2 == 0 and self.rotary_dim <= self.head_dim, "rotary_dim",
+               f"an even number of at most head_dim ({self.head_dim})")
+        expect(self.windows is None or len(self.windows) == self.num_layers, "windows",
+               f"None or {self.num_layers} entries, one per layer")
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The sizes that the rest of fastrl reads."""
+        return ModelSpec(
+            architecture=self.family, num_layers=self.num_layers, num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, hidden_size=self.hidden_size,
+            vocab_size=self.vocab_size, max_positions=self.max_positions,
+            eos_token_ids=self.eos_token_ids,
+        )
+
+
+class RMSNorm(nn.Module):
+    """`weight * x / rms(x)`, the mean square in float32 or wider."""
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as x [..., size]."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
+        return self.weight * normed.to(x.dtype)
+
+
+def _norm(config: DecoderConfig) -> nn.Module:
+    if config.norm == "rms":
+        return RMSNorm(config.hidden_size, config.norm_epsilon)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
+
+
+def rotary_frequencies(config: DecoderConfig) -> Tensor:
+    """[R/2] float32, radians per position of each rotary pair, scaling applied."""
+    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device="cpu")
+    frequencies = 1.0 / config.rotary_base ** (exponents / config.rotary_dim)
+    scaling = config.rotary_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    wavelengths = 2 * math.pi / frequencies
+    share = ((scaling.original_max_positions / wavelengths - scaling.low_freq_factor)
+             / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return (1 - share) * frequencies / scaling.factor + share * frequencies
+
+
+class Rotary(nn.Module):
+    """Cosines and sines of the rotary angles."""
+
+    frequencies: Tensor
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
+        # `model.to(bfloat16)` would round the frequencies, and `to_empty` would lose them.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.frequencies = rotary_frequencies(self.config).to(self.frequencies.device)
+        return self
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos, sin: [N, 1, R/2] each, computed in float32."""
+        angles = positions[:, None, None].float() * self.frequencies
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first R channels of x [N, H, C], pairing channel i with channel i + R/2."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+class SelfAttention(nn.Module):
+    """Projections around an attention state; Q, K and V are one matrix, in this order of rows."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        self.scale = config.head_dim**-0.5
+        self.window = None if config.windows is None else config.windows[layer]
+        self.qkv = nn.Linear(config.hidden_size, sum(self.sizes) * config.head_dim,
+                             bias=config.qkv_bias)
+        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size,
+                             bias=config.attention_out_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention: Attention
+    ) -> Tensor:
+        """[N, D] from x [N, D]."""
+        heads = self.qkv(x).unflatten(-1, (sum(self.sizes), -1))  # [N, Hq + 2 Hk, C]
+        query, key, value = heads.split(self.sizes, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        mixed = attention(self.layer, query, key, value, scale=self.scale, window=self.window)
+        out: Tensor = self.out(mixed.flatten(1))
+        return out
+
+
+class MLP(nn.Module):
+    """Feed-forward block; with a gate the rows of `up` are gate, then up."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gated = config.gated_mlp
+        self.activation = ACTIVATIONS[config.activation]
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size * (1 + self.gated),
+                            bias=config.mlp_bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, D] from x [N, D]."""
+        if self.gated:
+            gate, up = self.up(x).chunk(2, dim=-1)
+            inner = self.activation(gate) * up
+        else:
+            inner = self.activation(self.up(x))
+        out: Tensor = self.down(inner)
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.parallel_residual = config.parallel_residual
+        self.attention_norm, self.mlp_norm = _norm(config), _norm(config)
+        self.attention = SelfAttention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention: Attention,
+        dropout: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """[N, D] from x [N, D]."""
+        mixed = dropout(self.attention(self.attention_norm(x), rotary, attention))
+        if self.parallel_residual:
+            return x + mixed + dropout(self.mlp(self.mlp_norm(x)))
+        x = x + mixed
+        return x + dropout(self.mlp(self.mlp_norm(x)))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: `(token_ids [N], positions [N], attention) -> [N, D]`.
+
+    `residual_dropout` is the rate on the output of each attention and MLP block, in train mode.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.residual_dropout = 0.0
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        learned = config.rotary_dim == 0
+        self.embed_positions = (nn.Embedding(config.max_positions, config.hidden_size)
+                                if learned else None)
+        self.rotary = None if learned else Rotary(config)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.final_norm = _norm(config)
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """[N, D], final norm applied; see `CausalLM.forward`."""
+        x = self.embed(token_ids)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(positions)
+        rotary = None if self.rotary is None else self.rotary(positions, x.dtype)
+        dropout = partial(F.dropout, p=self.residual_dropout, training=self.training)
+        for layer in self.layers:
+            x = layer(x, rotary, attention, dropout)
+        out: Tensor = self.final_norm(x)
+        return out
+
+
+def empty_decoder(
+    config: DecoderConfig, dtype: torch.dtype, device: torch.device | str
+) -> Decoder:
+    """A decoder whose weights are not yet written; no random numbers are drawn."""
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    return decoder.to(dtype).to_empty(device=device)
+
+
+def causal_lm(decoder: Decoder) -> CausalLM:
+    """A decoder with its unembedding: the embedding itself when tied, else not yet written."""
+    weight = decoder.embed.weight
+    assert isinstance(weight, nn.Parameter)
+    if not decoder.config.tie_embeddings:
+        weight = nn.Parameter(torch.empty_like(weight))
+    return CausalLM(decoder, LMHead(weight), decoder.config.spec)
+
+
+@torch.no_grad()
+def new_decoder(
+    config: DecoderConfig, seed: int, *, dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> CausalLM:
+    """A language model with random weights.
+
+    Matrices and embeddings are drawn from N(0, initializer_range^2), the projections back into the
+    residual stream scaled by 1 / sqrt(2 L); norms start at 1, biases at 0.
+
+    Args:
+        config: Shape; `fastrl.models.families.decoder_config` makes one.
+        seed: The same seed gives the same weights on every device.
+    Source: Radford et al. 2019 (GPT-2), section 2.3.
+    """
+    model = causal_lm(empty_decoder(config, dtype, device))
+    generator = torch.Generator().manual_seed(seed)
+    residual_std = config.initializer_range / math.sqrt(2 * config.num_layers)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+            continue
+        into_stream = name.endswith((".out.weight", ".down.weight"))
+        std = residual_std if into_stream else config.initializer_range
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return model
