@@ -18,8 +18,10 @@ KIND_TITLES = {"pretrain": "Pretraining", "sft": "Supervised fine-tuning",
                "reward": "Reward model", "ppo": "PPO"}
 """Kinds whose metrics are plotted, in the order of the page."""
 
-_MAX_SAMPLE_ROWS = 24
-_MAX_SAMPLE_CHARACTERS = 1500
+MAX_BYTES = 1_000_000
+"""Larger pages are made again with fewer points, shorter samples and fewer of them."""
+
+_MAX_POINTS, _MAX_SAMPLE_ROWS, _MAX_SAMPLE_CHARACTERS = 240, 24, 1500
 _COMMAND_KINDS = ("sft", "reward", "ppo")
 
 
@@ -39,27 +41,31 @@ def write_report(run_dir: Path) -> Path:
         raise ConfigError(f"{run_dir}: expected a run folder (run.json in it or in its "
                           "subfolders), found none; check the path")
     name = str(read_json(run_dir / "recipe.json").get("name") or run_dir.resolve().name)
+    for thinning in (1, 2, 4, 8):
+        html = page(f"{name}: fastrl report", _body(name, stages, thinning))
+        if len(html.encode()) <= MAX_BYTES:
+            break
     path = run_dir / "report.html"
-    write_atomic(path, page(f"{name}: fastrl report", _body(name, stages)))
+    write_atomic(path, html)
     return path
 
 
-def _body(name: str, stages: Sequence[StageFiles]) -> Iterator[str]:
+def _body(name: str, stages: Sequence[StageFiles], thinning: int) -> Iterator[str]:
     """The parts of the page, in reading order."""
     sections = [
         section("results", "Results", _results(stages)),
-        section("samples", "Samples", _samples(stages)),
-        *(section(f"kind-{kind}", title, curves(kind, stages))
+        section("samples", "Samples", _samples(stages, thinning)),
+        *(section(f"kind-{kind}", title, curves(kind, stages, _MAX_POINTS // thinning))
           for kind, title in KIND_TITLES.items()),
         section("stages", "Stages", [_stage_table(stages)]),
         section("reproduce", "Reproduce", _reproduce(name, stages)),
     ]
     seconds = sum(float(stage.finished.get("seconds", 0)) for stage in stages)
-    yield (f"<header><h1>{text(name)}</h1><p class=soft>{len(stages)} stages, "
+    count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
+    yield (f'<header><h1>{text(name)}</h1><p class="soft">{count}, '
            f"{format_seconds(seconds)}, fastrl {text(fastrl.__version__)}</p></header>")
-    links = [(anchor, title) for anchor, title in _headings(sections)]
-    yield ('<nav aria-label="sections">'
-           + "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in links) + "</nav>")
+    links = (f'<a href="#{anchor}">{title}</a>' for anchor, title in _headings(sections))
+    yield f'<nav aria-label="sections">{"".join(links)}</nav>'
     yield from sections
 
 
@@ -150,17 +156,18 @@ def _model_table(result: Mapping[str, Any]) -> str:
     return table(("model", *(title for _, title in present)), rows, caption=caption)
 
 
-def _samples(stages: Sequence[StageFiles]) -> list[str]:
+def _samples(stages: Sequence[StageFiles], thinning: int) -> list[str]:
     """Answers of all models to the same prompts; where none were compared, first and last ones."""
     tables = []
+    limit = _MAX_SAMPLE_CHARACTERS // thinning
     for stage in stages:
         rows = [(sample["prompt"], sample["responses"])
                 for sample in stage.evaluation.get("samples", ())]
         rows = rows or _before_and_after(stage.samples)
         if rows:
             names = list(rows[0][1])
-            cells = [(_cut(prompt), *(_cut(responses.get(name, "")) for name in names))
-                     for prompt, responses in rows[:_MAX_SAMPLE_ROWS]]
+            cells = [(_cut(prompt, limit), *(_cut(responses[name], limit) for name in names))
+                     for prompt, responses in rows[:_MAX_SAMPLE_ROWS // thinning]]
             tables.append((bool(stage.evaluation), f"<h3>{text(stage.name)}</h3>"
                            + table(("prompt", *names), cells)))
     compared = [html for is_compared, html in tables if is_compared]
@@ -185,8 +192,6 @@ def _before_and_after(samples: Sequence[Mapping[str, Any]]
     return [row for row in rows if any(row[1].values())]
 
 
-def _cut(sample: str) -> str:
+def _cut(sample: str, limit: int) -> str:
     """A sample short enough for a table."""
-    if len(sample) <= _MAX_SAMPLE_CHARACTERS:
-        return sample
-    return sample[:_MAX_SAMPLE_CHARACTERS] + f" ... ({len(sample):,} characters)"
+    return sample if len(sample) <= limit else f"{sample[:limit]} ... ({len(sample):,} characters)"

@@ -17,17 +17,22 @@ HEADLINES = ("reward/score_mean", "kl/policy_ref", "entropy/mean", "response/len
 """Metrics that are drawn large, in this order; the others are in a folded table."""
 
 
-def curves(kind: str, stages: Sequence[StageFiles]) -> list[str]:
+def curves(kind: str, stages: Sequence[StageFiles], max_points: int) -> list[str]:
     """Return HTML of the metrics of all stages of one kind: the important ones large, all listed.
 
     Stages of one kind share their plots, so that PPO and PPO-ptx are seen against each other.
+
+    Args:
+        kind: Stage kind.
+        stages: All stages of the run.
+        max_points: Longer lines are thinned out to this many points.
     """
     stages = [stage for stage in stages if stage.kind == kind]
     names = sorted({metric for stage in stages for metric in stage.metrics})
     lines = {metric: [replace(stage.metrics[metric], style=style)
                       for style, stage in enumerate(stages) if metric in stage.metrics]
              for metric in names}
-    plots = [_plot(metric, lines[metric], f"{kind}-{index}")
+    plots = [_plot(metric, lines[metric], f"{kind}-{index}", max_points)
              for index, metric in enumerate(HEADLINES) if metric in lines]
     if "kl/policy_ref" in lines and "reward/score_mean" in lines:
         plots.append(_frontier(lines["reward/score_mean"], lines["kl/policy_ref"],
@@ -45,10 +50,10 @@ def _meaning(metric: str) -> str:
     return GLOSSARY[metric].meaning if metric in GLOSSARY else ""
 
 
-def _plot(metric: str, lines: Sequence[Series], label_id: str) -> str:
+def _plot(metric: str, lines: Sequence[Series], label_id: str, max_points: int) -> str:
     """One metric with its last value, legend and sentence."""
     last = ", ".join(format_number(line.ys[-1]) for line in lines)
-    plot = line_plot(metric, lines, "step", label_id=label_id)
+    plot = line_plot(metric, lines, "step", label_id=label_id, max_points=max_points)
     return figure(metric, f"last {last}", plot + legend(lines), _meaning(metric))
 
 

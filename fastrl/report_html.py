@@ -54,7 +54,6 @@ circle.dot { opacity: 0; } circle.dot:hover { opacity: .55; }
 svg.spark { width: 5rem; margin: 0; }
 .scroll { overflow-x: auto; margin: .5rem 0 1rem; }
 table { border-collapse: collapse; font-size: .875rem; line-height: 1.45; }
-caption { text-align: left; color: var(--soft); padding-bottom: .25rem; }
 th, td { padding: .35rem .75rem .35rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
 thead th { font-weight: 600; white-space: nowrap; }
@@ -139,10 +138,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, caption: 
         rest = "".join(f"<td{_number_class(n)}>{cell}</td>"
                        for cell, n in zip(cells[1:], is_number[1:], strict=True))
         body.append(f'<tr><th scope="row"{_number_class(is_number[0])}>{cells[0]}</th>{rest}</tr>')
-    above = f"<caption>{text(caption)}</caption>" if caption else ""
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption or "table")}'
-            f'"><table>{above}<thead><tr>{head}</tr></thead><tbody>' + "".join(body)
-            + "</tbody></table></div>")
+    # A caption inside would be as wide as the table and run out of a narrow screen with it.
+    above = f'<p class="soft">{text(caption)}</p>' if caption else ""
+    return (f'{above}<div class="scroll" tabindex="0" role="region" '
+            f'aria-label="{text(caption or columns[0])}"><table><thead><tr>{head}</tr></thead>'
+            f"<tbody>{''.join(body)}</tbody></table></div>")
 
 
 def _number_class(is_number: bool) -> str:

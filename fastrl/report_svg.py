@@ -12,8 +12,6 @@ from html import escape
 
 _WIDTH, _HEIGHT = 360, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 34
-_MAX_POINTS = 240
-_MAX_TOOLTIPS = 40
 NUM_STYLES = 6
 
 
@@ -55,7 +53,7 @@ def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [float(f"{i * step:.10g}") for i in range(first, last + 1)]
 
 
-def downsample(xs: Sequence[float], ys: Sequence[float], limit: int = _MAX_POINTS
+def downsample(xs: Sequence[float], ys: Sequence[float], limit: int
                ) -> tuple[list[float], list[float]]:
     """Return at most `limit` points that keep the lowest and highest of each stretch.
 
@@ -94,7 +92,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def line_plot(title: str, series: Sequence[Series], x_label: str, *, label_id: str,
-              diagonal: bool = False) -> str:
+              diagonal: bool = False, max_points: int = 240) -> str:
     """Return an SVG with one line per series.
 
     Args:
@@ -103,6 +101,7 @@ def line_plot(title: str, series: Sequence[Series], x_label: str, *, label_id: s
         x_label: What the horizontal axis shows.
         label_id: Unique in the page; begins the ids of title and description.
         diagonal: Draw y = x, for calibration.
+        max_points: Longer lines are thinned out to this many points.
     """
     xs = [x for line in series for x in line.xs]
     ys = [y for line in series for y in line.ys]
@@ -117,7 +116,7 @@ def line_plot(title: str, series: Sequence[Series], x_label: str, *, label_id: s
         low, high = max(x_axis.low, y_axis.low), min(x_axis.high, y_axis.high)
         parts.append(f'<path class="base" d="M{x_axis(low)} {y_axis(low)}'
                      f'L{x_axis(high)} {y_axis(high)}"/>')
-    parts += [_line(line, x_axis, y_axis, x_label) for line in series]
+    parts += [_line(line, x_axis, y_axis, x_label, max_points) for line in series]
     return "".join(parts) + "</svg>"
 
 
@@ -155,11 +154,11 @@ def _grid(x_axis: _Axis, y_axis: _Axis, x_label: str) -> list[str]:
     return parts
 
 
-def _line(line: Series, x_axis: _Axis, y_axis: _Axis, x_label: str) -> str:
+def _line(line: Series, x_axis: _Axis, y_axis: _Axis, x_label: str, max_points: int) -> str:
     """One line with tooltips on some of its points, the last one always."""
-    xs, ys = downsample(line.xs, line.ys)
+    xs, ys = downsample(line.xs, line.ys, max_points)
     points = "L".join(f"{x_axis(x)} {y_axis(y)}" for x, y in zip(xs, ys, strict=True))
-    every = math.ceil(len(xs) / _MAX_TOOLTIPS)
+    every = math.ceil(6 * len(xs) / max_points)
     shown = sorted({*range(0, len(xs), every), len(xs) - 1})
     dots = "".join(
         f'<circle cx="{x_axis(xs[i])}" cy="{y_axis(ys[i])}" r="{3 if i == len(xs) - 1 else 6}"'

@@ -67,11 +67,15 @@ class Page(HTMLParser):
         self.text += data
 
 
-def every_metric(step: int, num_steps: int, rng: random.Random, drift: float) -> dict[str, float]:
-    """A value for every metric of the glossary, shaped like a run that learns."""
+def make_metrics(kind: str, step: int, num_steps: int, rng: random.Random,
+                 drift: float) -> dict[str, float]:
+    """Values shaped like a run that learns; PPO stages log every metric of the glossary."""
     share = step / num_steps
+    names = {"sft": ["loss/train", "loss/eval", "grad/norm", "lr/model", "time/step_s"],
+             "reward": ["loss/ranking", "reward/accuracy", "reward/accuracy_eval", "grad/norm"],
+             "ppo": list(GLOSSARY)}[kind]
     return {name: drift * share + 0.2 * math.exp(-5 * share) + rng.gauss(0, 0.02)
-            for name in GLOSSARY}
+            for name in names}
 
 
 def write_stage(folder: Path, kind: str, num_steps: int = 60, drift: float = 1.0) -> None:
@@ -80,7 +84,7 @@ def write_stage(folder: Path, kind: str, num_steps: int = 60, drift: float = 1.0
     rng = random.Random(kind + folder.name)
     with RunFolder(folder, config, stage=folder.name, lineage=lineage) as run:
         for step in range(num_steps):
-            run.log(step, every_metric(step, num_steps, rng, drift))
+            run.log(step, make_metrics(kind, step, num_steps, rng, drift))
         run.log(num_steps, {"loss/train": float("nan")})
         run.log_samples(0, [{"prompt": "Why?", "response": "because", "score": 0.1}])
         run.log_samples(num_steps, [{"prompt": "Why?", "response": NASTY, "score": 0.9}])
@@ -98,12 +102,13 @@ def reward_report() -> dict[str, Any]:
 
 EVALUATION: dict[str, Any] = {
     "num_prompts": 320, "reference": "sft", "judge": "world",
-    "models": {name: {"score_mean": score, "reward_mean": 2 * score,
-                      "kl": {"k1": kl, "k1_std_error": 0.1, "k3": kl}, "loglikelihood": -1.2,
-                      "distinct_word_ratio": 0.8, "response_length": 14.0, "eos_rate": 0.97,
-                      "lm_loss": loss}
-               for name, score, kl, loss in [("base", -0.8, 3.1, 1.1), ("sft", 0.2, 0.0, 1.2),
-                                             ("ppo", 0.7, 4.5, 1.35), ("ppo_ptx", 0.65, 4.1, 1.24)]},
+    "models": {
+        name: {"score_mean": score, "reward_mean": 2 * score,
+               "kl": {"k1": kl, "k1_std_error": 0.1, "k3": kl}, "loglikelihood": -1.2,
+               "distinct_word_ratio": 0.8, "response_length": 14.0, "eos_rate": 0.97,
+               "lm_loss": loss}
+        for name, score, kl, loss in [("base", -0.8, 3.1, 1.1), ("sft", 0.2, 0.0, 1.2),
+                                      ("ppo", 0.7, 4.5, 1.35), ("ppo_ptx", 0.65, 4.1, 1.24)]},
     "win_rates": [
         {"model": "sft", "opponent": "base", "rate": 0.86, "low": 0.82, "high": 0.894,
          "num_prompts": 320, "num_ties": 12},
@@ -207,13 +212,14 @@ def test_a_run_that_was_stopped_still_has_a_report(tmp_path: Path) -> None:
 
 
 def test_size_stays_bounded_for_long_runs(tmp_path: Path) -> None:
-    for name in ("ppo", "ppo_ptx"):
+    for name in ("ppo", "ppo_ptx", "ppo_long"):
         folder = tmp_path / name
         write_stage(folder, "ppo", num_steps=1)
         rng = random.Random(0)
         with (folder / "metrics.jsonl").open("a") as file:
             for step in range(2, 4000):
-                file.write(json.dumps({"step": step, **every_metric(step, 4000, rng, 1.0)}) + "\n")
+                metrics = make_metrics("ppo", step, 4000, rng, 1.0)
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
         with (folder / "samples.jsonl").open("a") as file:
             for index in range(500):
                 file.write(json.dumps({"step": 1, "prompt": f"{index} " + "long " * 2000,
