@@ -1,0 +1,93 @@
+"""The paged KV cache: one tensor of pages, a free list and a reference count per page."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastrl.models.spec import ModelSpec
+
+
+def pages_for(num_tokens: int, page_size: int) -> int:
+    """Pages that hold `num_tokens`."""
+    return -(-num_tokens // page_size)
+
+
+class KVCache:
+    """Pages of keys and values, handed out and taken back.
+
+    A page belongs to everyone who holds a reference; the last one to release it frees it.
+
+    Args:
+        spec: The model's layers, KV heads and channels.
+        num_pages: Pages to reserve.
+        page_size: Tokens per page.
+        dtype, device: Of the keys and values.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, num_pages: int, page_size: int, dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.page_size = page_size
+        self.kv_pages: Tensor = torch.empty(
+            num_pages, spec.num_layers, 2, page_size, spec.num_kv_heads, spec.head_dim,
+            dtype=dtype, device=device,
+        )
+        """[num_pages, L, 2, page_size, Hk, C]."""
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._references = [0] * num_pages
+
+    @property
+    def num_pages(self) -> int:
+        """All pages, free or not."""
+        return len(self._references)
+
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` free pages with one reference each; the caller has made sure they exist."""
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._references[page] = 1
+        return pages
+
+    def retain(self, pages: Sequence[int]) -> None:
+        """Add one reference to each page."""
+        for page in pages:
+            assert self._references[page] > 0, f"page {page} is free"
+            self._references[page] += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Take one reference from each page; those without any are free again."""
+        for page in pages:
+            assert self._references[page] > 0, f"page {page} is free"
+            self._references[page] -= 1
+            if not self._references[page]:
+                self._free.append(page)
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy whole pages, all layers at once."""
+        if sources:
+            device = self.kv_pages.device
+            self.kv_pages.index_copy_(
+                0, torch.tensor(targets, device=device),
+                self.kv_pages.index_select(0, torch.tensor(sources, device=device)),
+            )
+
+    def check(self, holders: Sequence[Sequence[int]]) -> None:
+        """Assert that references are exactly those of `holders` and that no page is lost.
+
+        Args:
+            holders: The pages of everyone who holds some.
+        """
+        counts = [0] * self.num_pages
+        for pages in holders:
+            for page in pages:
+                counts[page] += 1
+        assert counts == self._references, "references and holders differ"
+        free = [page for page, count in enumerate(counts) if not count]
+        assert sorted(self._free) == free, "the free list is not the pages without references"

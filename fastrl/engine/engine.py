@@ -1,0 +1,277 @@
+"""Engine: prompts in, responses with log-probabilities out.
+
+    engine = Engine(model)
+    rollout = engine.generate(prompts, SamplingConfig(max_new_tokens=64), seed=0)
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from fastrl.config import EngineConfig, SamplingConfig
+from fastrl.engine.cache import KVCache, pages_for
+from fastrl.engine.exactness import invariant_rows, row_multiple
+from fastrl.engine.generation import Generation
+from fastrl.engine.request import Request, SharedPrompt
+from fastrl.engine.text import Decoder, TextPieces
+from fastrl.errors import ConfigError, DataError
+from fastrl.models import CausalLM
+from fastrl.ops.sampling import request_seeds
+from fastrl.types import Rollout
+
+Progress = Callable[[int, int, int], None]
+"""Called after every step with (tokens drawn, responses finished, responses)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedToken:
+    """One token of a streamed response."""
+
+    token_id: int
+    text: str
+    """Text that became complete with this token; empty in the middle of a character."""
+    logprob: float
+    """As `SamplingConfig.logprobs` asks for."""
+    finish_reason: str | None
+    """"stop", "length" or "cancelled" with the last token, else None."""
+
+
+class Engine:
+    """Generates from a model with a paged KV cache and continuous batching.
+
+    Tokens of a request depend on the model, its prompt, the sampling settings, the seed and its
+    request id: not on what else is generated, in which order, with which cache or batch size.
+
+    Args:
+        model: Used where it is, with the weights that it has at each call.
+        config: Sizes.
+        encoder: Has `decode(ids) -> str`; needed for stop strings and for the text of `stream`.
+    """
+
+    def __init__(
+        self, model: CausalLM, config: EngineConfig | None = None, encoder: Decoder | None = None
+    ) -> None:
+        self.model = model
+        self.config = config or EngineConfig()
+        self.encoder = encoder
+        self._min_rows, self._row_multiple = invariant_rows(model), row_multiple(model)
+        self._idle_cache: KVCache | None = None
+        self._active: list[Generation] = []
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig | None = None, *,
+        seed: int = 0, num_samples_per_prompt: int = 1, first_request_id: int = 0,
+        on_progress: Progress | None = None,
+    ) -> Rollout:
+        """Responses to every prompt.
+
+        Args:
+            prompts: Token ids, none empty.
+            sampling: How tokens are drawn, and when a response ends.
+            seed: Of the run, a 64-bit integer.
+            num_samples_per_prompt: Responses to each prompt.
+            first_request_id: Number of the first response; two calls with one seed draw
+                independent tokens when their numbers do not overlap.
+            on_progress: Called after every step with (tokens, finished, total); may call `cancel`.
+        Returns:
+            A rollout on the model's device. Row `p * num_samples_per_prompt + j` is sample j of
+            prompt p. Greedy log-probs are those of the distribution at `temperature`.
+        Raises:
+            DataError: when a prompt is empty, too long, or has ids outside the vocabulary.
+            ConfigError: when stop strings have no encoder, or one sequence cannot fit the cache.
+        """
+        sampling = sampling or SamplingConfig()
+        requests = self._requests(prompts, sampling, seed, num_samples_per_prompt,
+                                  first_request_id, bool(sampling.stop_strings))
+        generation = self._begin(requests, sampling)
+        try:
+            with _evaluating(self.model):
+                while not generation.is_finished:
+                    generation.step()
+                    if on_progress is not None:
+                        on_progress(generation.num_tokens, generation.num_finished, len(requests))
+        finally:
+            self._end(generation)
+        return _rollout(generation, num_samples_per_prompt)
+
+    def stream(
+        self, prompt_ids: Sequence[int], sampling: SamplingConfig | None = None, *, seed: int = 0,
+        request_id: int = 0,
+    ) -> Iterator[StreamedToken]:
+        """The tokens of one response as they are drawn; the same as `generate` would give.
+
+        Args:
+            prompt_ids: Token ids.
+            sampling: How tokens are drawn, and when the response ends.
+            seed, request_id: Together they determine the random numbers.
+        Yields:
+            Tokens; the last one has a finish reason and all text that was left.
+        Raises:
+            DataError, ConfigError: as `generate`.
+        """
+        sampling = sampling or SamplingConfig()
+        requests = self._requests([prompt_ids], sampling, seed, 1, request_id,
+                                  self.encoder is not None)
+        return self._stream(requests[0], sampling)
+
+    def _stream(self, request: Request, sampling: SamplingConfig) -> Iterator[StreamedToken]:
+        generation = self._begin([request], sampling)
+        try:
+            while not generation.is_finished:
+                count = generation.num_tokens
+                with _evaluating(self.model):
+                    generation.step()
+                if generation.num_tokens == count:
+                    continue  # a token was replayed into a new cache
+                text = request.piece
+                if request.finish_reason is not None and request.text is not None:
+                    text += request.text.flush()
+                yield StreamedToken(
+                    token_id=int(generation.token_ids[0, count]), text=text,
+                    logprob=float(generation.logprobs[0, count]),
+                    finish_reason=request.finish_reason)
+        finally:
+            self._end(generation)
+
+    def cancel(self, rows: Iterable[int] | None = None) -> None:
+        """End responses now, with what they have; to be called from `on_progress`.
+
+        Args:
+            rows: Rows of the rollout; None ends all of them.
+        """
+        chosen = None if rows is None else set(rows)
+        for generation in self._active:
+            generation.cancel([request for request in generation.requests
+                               if chosen is None or request.index in chosen])
+
+    def weights_changed(self) -> None:
+        """Drop every cached page: no token is drawn from keys and values of old weights."""
+        self._idle_cache = None
+        for generation in self._active:
+            generation.forget()
+
+    def _begin(self, requests: Sequence[Request], sampling: SamplingConfig) -> Generation:
+        stop_ids = sampling.stop_token_ids
+        if stop_ids is None:
+            stop_ids = tuple(self.model.spec.eos_token_ids)
+        cache = self._take_cache(requests)
+        generation = Generation(
+            self.model, self.config, cache, requests, sampling, stop_ids,
+            self._row_count)
+        self._active.append(generation)
+        return generation
+
+    def _row_count(self, num_rows: int) -> int:
+        """Rows of a forward pass that has `num_rows` real ones."""
+        return -(-max(num_rows, self._min_rows) // self._row_multiple) * self._row_multiple
+
+    def _end(self, generation: Generation) -> None:
+        """Keep the memory of the cache for the next call."""
+        generation.cancel(generation.requests)
+        self._active.remove(generation)
+        self._idle_cache = generation.cache
+
+    def _take_cache(self, requests: Sequence[Request]) -> KVCache:
+        """A cache without a page in use, large enough for what can run together."""
+        page_size = self.config.page_size
+        needed = [pages_for(request.max_cached_tokens, page_size) for request in requests]
+        num_pages = self.config.num_pages
+        if num_pages is None:
+            # One prompt may be kept for samples that wait, beside those that run.
+            num_pages = sum(sorted(needed, reverse=True)[: self.config.max_batch_size + 1])
+        elif max(needed) > num_pages:
+            row = needed.index(max(needed))
+            raise ConfigError(
+                f"num_pages: response {row} may need {needed[row]} pages of {page_size} tokens "
+                f"(prompt {len(requests[row].prompt.token_ids)}, up to "
+                f"{requests[row].max_tokens} new), got {num_pages}; raise num_pages or lower "
+                f"max_new_tokens")
+        idle, self._idle_cache = self._idle_cache, None
+        weight = self.model.lm_head.weight
+        if idle is not None and idle.kv_pages.dtype == weight.dtype \
+                and idle.kv_pages.device == weight.device \
+                and (idle.num_pages == num_pages
+                     or self.config.num_pages is None and idle.num_pages > num_pages):
+            return idle
+        return KVCache(self.model.spec, num_pages, page_size, weight.dtype, weight.device)
+
+    def _requests(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int,
+        num_samples: int, first_request_id: int, reads_text: bool,
+    ) -> list[Request]:
+        """One request per response; samples of a prompt share it."""
+        if sampling.stop_strings and self.encoder is None:
+            raise ConfigError("stop_strings: expected an engine with an encoder, which turns "
+                              "tokens into text; give Engine(..., encoder=...)")
+        if num_samples < 1 or not prompts:
+            raise ConfigError(f"generate: expected at least one prompt and one sample of each, "
+                              f"got {len(prompts)} prompts and {num_samples} samples")
+        ids = first_request_id + torch.arange(len(prompts) * num_samples)
+        seeds = request_seeds(seed, ids).tolist()
+        requests: list[Request] = []
+        for number, prompt in enumerate(prompts):
+            token_ids = self._checked_prompt(number, prompt)
+            max_tokens = min(sampling.max_new_tokens,
+                             self.model.spec.max_positions - len(token_ids))
+            shared = SharedPrompt(token_ids, num_samples)
+            for _ in range(num_samples):
+                own = shared if self.config.share_prefix else SharedPrompt(token_ids, 1)
+                text = None
+                if reads_text and self.encoder is not None:
+                    text = TextPieces(self.encoder, token_ids, sampling.stop_strings)
+                index = len(requests)
+                requests.append(Request(index, own, seeds[index], max_tokens, text))
+        return requests
+
+    def _checked_prompt(self, number: int, prompt: Sequence[int]) -> tuple[int, ...]:
+        spec = self.model.spec
+        token_ids = tuple(int(token) for token in prompt)
+        if not 0 < len(token_ids) < spec.max_positions:
+            raise DataError(
+                f"prompt {number}: expected 1 to {spec.max_positions - 1} tokens, so that the "
+                f"model's {spec.max_positions} positions leave room for a response, got "
+                f"{len(token_ids)}; shorten or drop it")
+        if min(token_ids) < 0 or max(token_ids) >= spec.vocab_size:
+            raise DataError(
+                f"prompt {number}: expected token ids from 0 to {spec.vocab_size - 1}, got "
+                f"{min(token_ids)} to {max(token_ids)}; does the tokenizer fit the model?")
+        return token_ids
+
+
+@contextmanager
+def _evaluating(model: CausalLM) -> Iterator[None]:
+    """Eval mode and no gradients inside; every module's own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _rollout(generation: Generation, num_samples_per_prompt: int) -> Rollout:
+    """The results of a generation that is finished."""
+    lengths, requests = generation.lengths, generation.requests
+    device = generation.token_ids.device
+    longest = max(lengths)
+    mask = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
+    response_ids, logprobs, entropy = (
+        values[:-1, :longest].masked_fill(~mask, 0)
+        for values in (generation.token_ids, generation.logprobs, generation.entropy))
+    responses = response_ids.tolist()
+    sequences = [[*request.prompt.token_ids, *responses[row][: lengths[row]]]
+                 for row, request in enumerate(requests)]
+    bounds = torch.tensor([0, *map(len, sequences)], dtype=torch.int64).cumsum(0)
+    return Rollout(
+        token_ids=torch.tensor([token for sequence in sequences for token in sequence],
+                               dtype=torch.int64, device=device),
+        cu_seqlens=bounds.to(device),
+        prompt_lens=torch.tensor([len(r.prompt.token_ids) for r in requests], device=device),
+        response_ids=response_ids, response_mask=mask, rollout_logprobs=logprobs, entropy=entropy,
+        finish_reasons=tuple(request.finish_reason or "cancelled" for request in requests),
+        num_samples_per_prompt=num_samples_per_prompt,
+    )

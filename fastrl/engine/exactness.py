@@ -1,0 +1,113 @@
+"""How many rows a forward pass needs so that each row's bits do not depend on the others.
+
+A matrix library picks other code for a few rows than for many, and sums in another order. From
+some row count on it no longer does. `smallest_invariant_rows` finds that count by trying, for the
+shapes, dtype and threads at hand, and the engine never runs fewer rows than that.
+"""
+
+import logging
+from collections.abc import Iterable
+from functools import cache
+from math import gcd
+
+import torch
+import torch.nn.functional as F
+
+from fastrl.models import CausalLM
+
+logger = logging.getLogger("fastrl")
+
+ROW_COUNTS = (48, 32, 24, *range(16, 0, -1))
+"""Row counts that are tried, from many to few, against `MANY_ROWS`."""
+MANY_ROWS = 64
+VECTOR_BYTES = 128
+"""What elementwise functions take at a time: two registers of 512 bits."""
+MAX_OUTPUTS = 8192
+"""Columns of a product that are tried: more change the blocking no further, and cost time."""
+
+
+def weight_shapes(model: CausalLM) -> set[tuple[int, int]]:
+    """(outputs, inputs) of every matrix that rows are multiplied with, the LM head included."""
+    linear = (module.weight for module in model.modules() if isinstance(module, torch.nn.Linear))
+    shapes = {(int(w.shape[0]), int(w.shape[1])) for w in (*linear, model.lm_head.weight)}
+    return shapes
+
+
+def invariant_rows(model: CausalLM) -> int:
+    """Rows that every forward pass of `model` should have, at least.
+
+    Returns:
+        1 on a GPU, where this is not measured; else the largest count that any shape needs.
+    """
+    weight = model.lm_head.weight
+    if weight.device.type != "cpu":
+        return 1
+    return max(_checked(shape, weight.dtype) for shape in sorted(weight_shapes(model)))
+
+
+def row_multiple(model: CausalLM) -> int:
+    """Rows of a forward pass should be a multiple of this.
+
+    An elementwise function is cut into one piece per thread, and the last elements of a piece,
+    fewer than fill VECTOR_BYTES, take other code with other last bits. With a multiple of this
+    many rows no piece has such elements.
+    """
+    weight = model.lm_head.weight
+    if weight.device.type != "cpu":
+        return 1
+    vector = VECTOR_BYTES // weight.element_size()
+    widths = {outputs for outputs, _ in weight_shapes(model)}
+    return torch.get_num_threads() * max(vector // gcd(vector, width) for width in widths)
+
+
+def _checked(shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """Rows for one shape; 1 with a warning where no count helps."""
+    rows = smallest_invariant_rows(shape, dtype, torch.get_num_threads())
+    if rows is None:
+        _warn_once(shape, dtype)
+        return 1
+    return rows
+
+
+@cache
+def _warn_once(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    logger.warning(
+        "rows of a product with a %d x %d matrix in %s depend on the number of rows, up to %d: "
+        "generated tokens may change with the batch where two are almost equally likely",
+        *shape, str(dtype).removeprefix("torch."), MANY_ROWS)
+
+
+@cache
+def smallest_invariant_rows(
+    shape: tuple[int, int], dtype: torch.dtype, num_threads: int
+) -> int | None:
+    """The smallest row count from which rows of `x @ weight.T` are bit-equal to those of many.
+
+    Args:
+        shape: (outputs, inputs) of the weight.
+        dtype: Of weight and rows.
+        num_threads: Threads of the matrix library; part of the key of the cached answer.
+    Returns:
+        The count, or None where the largest one tried is not enough.
+    Cost: about 300 rows times the weight, once per process.
+    """
+    outputs, inputs = shape
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.rand(min(outputs, MAX_OUTPUTS), inputs, generator=generator) - 0.5
+    rows = torch.rand(MANY_ROWS, inputs, generator=generator) - 0.5
+    weight, rows = weight.to(dtype), rows.to(dtype)
+    with torch.no_grad():
+        many = F.linear(rows, weight)
+        return _first_of_equal_run(
+            (count, torch.equal(F.linear(rows[:count], weight), many[:count]))
+            for count in ROW_COUNTS)
+
+
+def _first_of_equal_run(results: Iterable[tuple[int, bool]]) -> int | None:
+    """The last count, going down, before the first that is not equal."""
+    smallest = None
+    for count, is_equal in results:
+        if not is_equal:
+            break
+        smallest = count
+    return smallest

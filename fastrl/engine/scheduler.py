@@ -1,0 +1,165 @@
+"""Who runs, who waits, and who holds which page. Host side only: no tensor is touched here."""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from fastrl.config import EngineConfig
+from fastrl.engine.cache import KVCache, pages_for
+from fastrl.engine.request import Request, SharedPrompt
+
+
+@dataclass(slots=True)
+class Admission:
+    """What enters at one step."""
+
+    started: list[Request] = field(default_factory=list)
+    """Requests that start, their pages assigned."""
+    prompts: list[SharedPrompt] = field(default_factory=list)
+    """Prompts to compute first, each with its pages."""
+    prompt_pages: list[list[int]] = field(default_factory=list)
+    """The pages of each of them: by now the prompt itself may have given them away."""
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    """Pages to copy once the prompts are computed: (source, target)."""
+
+
+class Scheduler:
+    """Starts waiting requests while pages last, and takes pages from the youngest when they end.
+
+    Args:
+        requests: In the order in which they start. Samples that share a prompt share the object.
+        cache: Where pages come from.
+        config: Batch size and prefill budget.
+    """
+
+    def __init__(self, requests: Sequence[Request], cache: KVCache, config: EngineConfig) -> None:
+        self.waiting = deque(requests)
+        self.running: list[Request] = []
+        """Oldest first; the order of the decode batch."""
+        self._cache = cache
+        self._config = config
+        self._computed: list[SharedPrompt] = []
+        # Requests by the remainder of the decode steps at which they need a page, oldest first.
+        self._boundaries: list[dict[Request, None]] = [{} for _ in range(cache.page_size)]
+
+    def admit(self, step: int) -> Admission:
+        """Start what fits; `step` is the decode step that follows."""
+        admission, num_tokens = Admission(), 0
+        while self.waiting and len(self.running) < self._config.max_batch_size:
+            request = self.waiting[0]
+            to_compute = 0 if request.prompt.pages else len(request.prompt.token_ids)
+            if num_tokens and num_tokens + to_compute > self._config.max_prefill_tokens:
+                break
+            if not self._fits(request):
+                if self.running or not self._drop_prompts():
+                    break
+                continue
+            self.waiting.popleft()
+            self._start(request, admission, step)
+            num_tokens += to_compute
+        return admission
+
+    def _fits(self, request: Request) -> bool:
+        """True when its pages are free, and one step's demand of those that run."""
+        page_size = self._cache.page_size
+        prompt_pages = pages_for(len(request.prompt.token_ids), page_size)
+        needed = pages_for(request.tokens_to_start, page_size)
+        if request.prompt.pages:
+            needed -= prompt_pages
+        return self._cache.num_free >= needed + pages_for(len(self.running), page_size)
+
+    def _start(self, request: Request, admission: Admission, step: int) -> None:
+        prompt, cache = request.prompt, self._cache
+        num_tokens = len(prompt.token_ids)
+        if not prompt.pages:
+            prompt.pages = cache.allocate(pages_for(num_tokens, cache.page_size))
+            admission.prompts.append(prompt)
+            admission.prompt_pages.append(prompt.pages)
+            self._computed.append(prompt)
+        prompt.num_waiting -= 1
+        num_full = num_tokens // cache.page_size
+        partial = prompt.pages[num_full:]
+        if prompt.num_waiting and cache.num_free >= len(partial):
+            copy = cache.allocate(len(partial))
+            admission.copies.extend(zip(partial, copy, strict=True))
+            cache.retain(prompt.pages[:num_full])
+            request.pages = prompt.pages[:num_full] + copy
+        else:  # the last sample, or the last page: it takes the prompt's own pages
+            request.pages, prompt.pages = prompt.pages, []
+            self._computed.remove(prompt)
+        request.row, request.started = len(self.running), step
+        self.running.append(request)
+        request.boundary = (step - num_tokens) % cache.page_size
+        self._boundaries[request.boundary][request] = None
+        admission.started.append(request)
+
+    def grow(self, step: int) -> list[tuple[int, int, int]]:
+        """Give a page to each request that fills its last one at decode step `step`.
+
+        Preempts the youngest while none is free; they leave `running` and wait at the front.
+        Returns:
+            (row of the decode batch, column of its page table, page).
+        """
+        grown = []
+        for request in list(self._boundaries[step % self._cache.page_size]):
+            while request.row >= 0 and not self._cache.num_free:
+                if not self._drop_prompts():
+                    assert len(self.running) > 1, "a single request must fit"
+                    self._preempt(self.running[-1], step)
+            if request.row >= 0:
+                request.pages += self._cache.allocate(1)
+                grown.append((request.row, len(request.pages) - 1, request.pages[-1]))
+        return grown
+
+    def _preempt(self, request: Request, step: int) -> None:
+        """Take its pages; it starts again when there is room. Its tokens stay as they are."""
+        request.num_recorded = max(request.num_recorded, step - request.started + 1)
+        self._stop(request)
+        request.prompt.num_waiting += 1
+        self.waiting.appendleft(request)
+
+    def finish(self, requests: Iterable[Request]) -> None:
+        """Take the pages of requests that are done, running or waiting."""
+        for request in requests:
+            if request.row >= 0:
+                self._stop(request)
+            else:
+                self.waiting.remove(request)
+                request.prompt.num_waiting -= 1
+                if not request.prompt.num_waiting and request.prompt.pages:
+                    self._drop(request.prompt)
+
+    def _stop(self, request: Request) -> None:
+        self._cache.release(request.pages)
+        self.running.remove(request)
+        del self._boundaries[request.boundary][request]
+        request.pages, request.row = [], -1
+
+    def number_rows(self) -> None:
+        """Renumber the rows of running requests after some have left."""
+        for row, request in enumerate(self.running):
+            request.row = row
+
+    def forget(self, step: int) -> None:
+        """Preempt everything and drop every computed prompt: the weights have changed."""
+        for request in reversed(list(self.running)):
+            self._preempt(request, step)
+        self._drop_prompts()
+
+    def _drop_prompts(self) -> bool:
+        """Free the pages kept for samples that wait; False when there are none."""
+        prompts = list(self._computed)
+        for prompt in prompts:
+            self._drop(prompt)
+        return bool(prompts)
+
+    def _drop(self, prompt: SharedPrompt) -> None:
+        self._computed.remove(prompt)
+        self._cache.release(prompt.pages)
+        prompt.pages = []
+
+    def check(self) -> None:
+        """Assert that every page is accounted for."""
+        self._cache.check([request.pages for request in self.running]
+                          + [prompt.pages for prompt in self._computed])
+        assert all(not request.pages for request in self.waiting)
