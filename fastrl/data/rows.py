@@ -1,0 +1,350 @@
+"""Rows of data files: one reader for every format, and errors that name file, line and field.
+
+Lines end at `\\n` only. Every reader is a generator: the error of row n comes when row n is asked
+for, so a caller that must not start on broken data reads the whole file first.
+"""
+
+import csv
+import gzip
+import importlib.util
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, cast
+
+from fastrl.errors import DataError
+
+MAX_LINE_BYTES = 64 * 2**20
+"""Longest line that is read; a longer one is an error, so that no file can fill the memory."""
+MAX_UNPACKED_BYTES = 4 * 2**30
+"""Most bytes that a compressed file may unpack to."""
+MAX_DEPTH = 64
+"""Deepest nesting of lists and objects in a row."""
+DATASETS_PREFIX = "datasets:"
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
+
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row and the place it came from."""
+
+    file: str
+    line: int
+    """Where the row begins, counted from 1: a line, or a row for formats without lines."""
+    value: dict[str, Any]
+    unit: str = "line"
+    """What `line` counts: "line" or "row"."""
+
+    def error(self, field: str, expected: str, got: str) -> DataError:
+        """The error that this row's `field` is not what was expected."""
+        return _error(self.file, self.line, f"field {field!r}: expected {expected}, got {got}",
+                      self.unit)
+
+    def text(self, field: str) -> str:
+        """The text in `field`.
+
+        Raises:
+            DataError: when it is missing, not a text, blank, or not valid Unicode.
+        """
+        return self.check_text(self.value.get(field, _MISSING), field)
+
+    def check_text(self, value: object, field: str) -> str:
+        """`value` if it is a text that is not blank; `field` is its name in errors.
+
+        Raises:
+            DataError: when it is anything else.
+        """
+        if not isinstance(value, str):
+            raise self.error(field, "a text", describe(value))
+        if not value.strip():
+            raise self.error(field, "a text that is not blank", describe(value))
+        if not is_unicode(value):
+            raise self.error(field, "Unicode text", "half of a surrogate pair (\\ud800 to \\udfff)")
+        return value
+
+    def source(self) -> str:
+        """The row's `source`, or an empty text.
+
+        Raises:
+            DataError: when there is a `source` that is not a text.
+        """
+        value = self.value.get("source", "")
+        if not isinstance(value, str):
+            raise self.error("source", "a text", describe(value))
+        return value
+
+
+class _Missing:
+    """Marks a field that is not there, as opposed to one that is null."""
+
+
+_MISSING = _Missing()
+
+
+def is_unicode(text: str) -> bool:
+    """False when the text holds half of a surrogate pair, which no encoding can write."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def describe(value: object) -> str:
+    """What a value is, in words and without its content (data can be private or offensive)."""
+    match value:
+        case _Missing():
+            return "nothing: the field is missing"
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return f"the number {value!r:.40}"
+        case str() if not value:
+            return "an empty text"
+        case str():
+            return "only white space" if not value.strip() else f"a text of length {len(value)}"
+        case list() | tuple():
+            return f"a list of length {len(value)}"
+        case dict():
+            return "an object"
+        case _:
+            return f"a value of type {type(value).__name__}"
+
+
+def _error(file: str, line: int, problem: str, unit: str = "line") -> DataError:
+    return DataError(f"{file}, {unit} {line}, {problem}; correct or remove the row")
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """Yield the rows of a data file.
+
+    `.jsonl`, `.json` (a list of objects), `.csv`, `.tsv`, `.txt` (a paragraph is a row with the
+    field `text`), each also with `.gz`; `.parquet` with pyarrow installed; and
+    `datasets:name[:split]` with the extra `datasets`. UTF-8, with or without byte order mark, line
+    ends LF or CR LF; blank lines are skipped.
+
+    Args:
+        path: The file.
+    Raises:
+        DataError: when the file cannot be read, holds no row, or a row is broken; names file,
+            line, field or column, what was expected and what came.
+    """
+    empty = True
+    for row in _rows(str(path)):
+        empty = False
+        yield row
+    if empty:
+        raise DataError(f"{path}: expected at least one row, got none; put data into it "
+                        "or remove it from the list")
+
+
+def _rows(file: str) -> Iterator[Row]:
+    if file.startswith(DATASETS_PREFIX):
+        return _read_datasets(file)
+    suffix = Path(file.removesuffix(".gz")).suffix.lower()
+    match suffix:
+        case ".jsonl":
+            return _read_jsonl(file)
+        case ".json":
+            return _read_json(file)
+        case ".csv" | ".tsv":
+            return _read_csv(file, "\t" if suffix == ".tsv" else ",")
+        case ".txt":
+            return _read_paragraphs(file)
+        case ".parquet":
+            return _read_parquet(file)
+    raise DataError(f"{file}: expected a file that ends in {', '.join(SUFFIXES)} (also with .gz), "
+                    f"got {suffix or 'no ending'!r}; rename or convert it")
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, text) of a UTF-8 file, plain or `.gz`; line ends are left out.
+
+    Raises:
+        DataError: when the file cannot be read, is not UTF-8, or is beyond the limits above.
+    """
+    file = str(path)
+    total = 0
+    with _open(file) as stream:
+        number = 0
+        while raw := _readline(stream, file, number + 1):
+            number += 1
+            total += len(raw)
+            if file.endswith(".gz") and total > MAX_UNPACKED_BYTES:
+                raise DataError(f"{file}: expected at most {MAX_UNPACKED_BYTES:,} bytes unpacked, "
+                                "got more; split the file")
+            yield number, _decode(raw, file, number)
+
+
+def _open(file: str) -> BinaryIO:
+    try:
+        return cast(BinaryIO, gzip.open(file)) if file.endswith(".gz") else open(file, "rb")
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        raise DataError(f"{file}: expected a file that can be read, got {error}") from error
+
+
+def _readline(stream: BinaryIO, file: str, number: int) -> bytes:
+    try:
+        raw = stream.readline(MAX_LINE_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{file}, line {number}: expected a file that can be read to its end, "
+                        f"got {error}; fetch or compress it again") from error
+    if len(raw) > MAX_LINE_BYTES:
+        raise DataError(f"{file}, line {number}: expected at most {MAX_LINE_BYTES:,} bytes in a "
+                        "line, got more; is it the format that its name says?")
+    return raw
+
+
+def _decode(raw: bytes, file: str, number: int) -> str:
+    """The text of one line without its line end; the first line loses a byte order mark."""
+    if number == 1:
+        raw = raw.removeprefix(_BOM)
+    raw = raw.removesuffix(b"\n").removesuffix(b"\r")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _error(file, number, f"byte {error.start + 1}: expected UTF-8, got the byte "
+                     f"0x{raw[error.start]:02X}") from error
+
+
+def _read_jsonl(file: str) -> Iterator[Row]:
+    for number, text in read_lines(file):
+        if not text.strip():
+            continue
+        value = _parse_json(text, file, number)
+        if not isinstance(value, dict):
+            raise _error(file, number, f"the row: expected a JSON object, got {describe(value)}")
+        yield Row(file, number, value)
+
+
+def _read_json(file: str) -> Iterator[Row]:
+    text = "\n".join(line for _, line in read_lines(file))
+    values = _parse_json(text, file, 1) if text.strip() else []
+    if not isinstance(values, list):
+        raise DataError(f"{file}: expected a list of objects, got {describe(values)}; a file with "
+                        "one object a line is named .jsonl")
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, dict):
+            raise _error(file, number, f"the row: expected an object, got {describe(value)}", "row")
+        yield Row(file, number, value, "row")
+
+
+def _parse_json(text: str, file: str, first_line: int) -> Any:
+    """A JSON value; refuses duplicate keys, NaN and what nests or counts too far to be data."""
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+            raise RecursionError
+        return value
+    except json.JSONDecodeError as error:
+        raise _error(file, first_line + error.lineno - 1, f"column {error.colno}: expected valid "
+                     f"JSON, got: {error.msg}") from error
+    except RecursionError as error:
+        raise _error(file, first_line, f"the row: expected at most {MAX_DEPTH} levels of lists "
+                     "and objects, got more") from error
+    except ValueError as error:
+        raise _error(file, first_line, f"the row: {error}") from error
+
+
+def _depth(value: object) -> int:
+    """Levels of lists and objects; 0 for a plain value."""
+    depth, level = 0, [value]
+    while level := [v for v in level if isinstance(v, (list, dict))]:
+        depth += 1
+        level = [item for v in level for item in (v.values() if isinstance(v, dict) else v)]
+    return depth
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"expected each field once, got field {twice!r} twice")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"expected a JSON number, got {name}")
+
+
+def _read_csv(file: str, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(MAX_LINE_BYTES)
+    reader = csv.reader((text + "\n" for _, text in read_lines(file)), delimiter=delimiter,
+                        strict=True)
+    names: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise _error(file, line, f"the row: expected CSV, got: {error}") from error
+        if fields is None:
+            return
+        if not fields:  # a blank line
+            continue
+        if names is None:
+            names = fields
+            if len(set(names)) < len(names):
+                raise _error(file, line, "the header: expected each column once, got one twice")
+        elif len(fields) != len(names):
+            raise _error(file, line, f"the row: expected {len(names)} columns, got {len(fields)}")
+        else:
+            yield Row(file, line, dict(zip(names, fields, strict=True)))
+
+
+def _read_paragraphs(file: str) -> Iterator[Row]:
+    """Paragraphs are separated by blank lines."""
+    lines: list[str] = []
+    first = 0
+    for number, text in read_lines(file):
+        if text.strip():
+            first = first if lines else number
+            lines.append(text)
+        elif lines:
+            yield Row(file, first, {"text": "\n".join(lines)})
+            lines = []
+    if lines:
+        yield Row(file, first, {"text": "\n".join(lines)})
+
+
+def _need(package: str, what: str, remedy: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise DataError(f"{what}: needs the package {package}, which is not installed; {remedy}")
+
+
+def _read_parquet(file: str) -> Iterator[Row]:
+    _need("pyarrow", file, "pip install pyarrow, or convert the file to .jsonl")
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        for batch in table.iter_batches(batch_size=1024):
+            for value in batch.to_pylist():
+                number += 1
+                yield Row(file, number, value, "row")
+    except (OSError, pyarrow.ArrowException) as error:
+        raise _error(file, number + 1, f"the row: expected a parquet file, got: {error}",
+                     "row") from error
+
+
+def _read_datasets(file: str) -> Iterator[Row]:
+    _need("datasets", file, 'pip install "fastrl-engine[datasets]"')
+    import datasets
+
+    name, _, split = file.removeprefix(DATASETS_PREFIX).partition(":")
+    try:
+        rows = datasets.load_dataset(name, split=split or "train")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: expected a data set and a split that exist, got: {error}"
+                        ) from error
+    for number, value in enumerate(rows, 1):
+        yield Row(file, number, dict(value), "row")
