@@ -1,7 +1,7 @@
 """`fastrl chat`: talk to a model in the terminal.
 
 `ChatSession` is the conversation: history, context limit, answers token by token. The rest reads
-lines and prints. A model without a chat template continues the text as it stands.
+lines and prints. A model whose tokenizer has no chat template continues the text as it stands.
 """
 
 import dataclasses
@@ -35,7 +35,10 @@ class ChatRun(SamplingConfig):
     model_name_or_path: str
     """Folder of the model."""
     system: str | None = None
-    """System message at the beginning of the conversation; needs a chat template."""
+    """System message at the beginning of the conversation; not with prompt_format text."""
+    prompt_format: Literal["auto", "text", "chat"] = "auto"
+    """chat: turns are messages; text: the model continues the text as it stands; auto: chat where
+    the tokenizer has a chat template."""
     max_new_tokens: int = 256
     """Longest answer, in tokens."""
     seed: int = 0
@@ -55,9 +58,9 @@ class ChatSession:
 
     Args:
         engine: Generates; its model's `max_positions` is the context limit.
-        encoder: Tokenizer and chat template of the model.
+        encoder: Tokenizer, chat template and prompt format of the model.
         sampling: How tokens are drawn.
-        system: System message, for models with a chat template.
+        system: System message of a conversation in messages.
         seed: Seeds the answers; each turn draws other random numbers.
     """
 
@@ -65,6 +68,11 @@ class ChatSession:
                  system: str | None = None, seed: int = 0) -> None:
         self.engine, self.encoder = engine, encoder
         self.sampling, self.system, self.seed = sampling, system, seed
+        self.is_chat = encoder.prompt_format == "chat" or (
+            encoder.prompt_format == "auto" and encoder.has_chat_template)
+        """True when turns are messages, False when the model continues text."""
+        check(system is None or self.is_chat, "system",
+              "no system message where the model continues text (see prompt_format)", system)
         self.turns: list[tuple[str, str]] = []
         """Questions and answers that the model still sees."""
         self.num_dropped = 0
@@ -113,7 +121,7 @@ class ChatSession:
                         f"context, got {len(ids)}; shorten it")
 
     def _encode(self, turns: Sequence[tuple[str, str]], question: str) -> list[int]:
-        if not self.encoder.has_chat_template:
+        if not self.is_chat:
             earlier = "".join(asked + answer + "\n" for asked, answer in turns)
             return self.encoder.encode_prompt(earlier + question)
         messages = [{"role": "system", "content": self.system}] if self.system else []
@@ -158,7 +166,7 @@ def chat(config: ChatRun, console: "Console") -> None:
     """Read questions and print answers until the person leaves.
 
     Raises:
-        ConfigError: a system message for a model without a chat template.
+        ConfigError: a system message for a model that continues text.
         ModelError: the model cannot be loaded.
     """
     from fastrl.data import load_encoder
@@ -167,16 +175,14 @@ def chat(config: ChatRun, console: "Console") -> None:
     from fastrl.trainers.common import resolve_device, resolve_dtype
 
     device = resolve_device(config.device)
-    encoder = load_encoder(config.model_name_or_path)
-    check(config.system is None or encoder.has_chat_template, "system",
-          "a model with a chat template for a system message", config.system)
+    encoder = load_encoder(config.model_name_or_path, prompt_format=config.prompt_format)
     model = load_causal_lm(config.model_name_or_path, device=str(device),
                            dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."))
     session = ChatSession(Engine(model.eval(), encoder=encoder), encoder, sampling_of(config),
                           system=config.system, seed=config.seed)
     console.print(f"{config.model_name_or_path}; /help lists the commands, Ctrl-C stops an answer")
-    if not encoder.has_chat_template:
-        console.print("this model has no chat template: it continues your text as it stands")
+    if not session.is_chat:
+        console.print("the model continues your text as it stands (--prompt_format chat: messages)")
     _loop(session, console)
 
 

@@ -22,7 +22,7 @@ from rich.text import Text
 HEADLINES: tuple[tuple[str, str, str], ...] = (
     ("reward/score_mean", "reward", ".3f"),
     ("kl/policy_ref", "KL", ".2f"),
-    ("loss/token", "loss", ".4f"),
+    ("loss/train", "loss", ".4f"),
     ("loss/ranking", "loss", ".4f"),
     ("reward/accuracy", "accuracy", ".3f"),
     ("entropy/mean", "entropy", ".2f"),

@@ -40,6 +40,9 @@ class GenerateRun(SamplingConfig):
     """Completions of each prompt."""
     max_prompt_tokens: int = 1024
     """Longer prompts are dropped and counted."""
+    prompt_format: Literal["auto", "text", "chat"] = "auto"
+    """What a prompt given as one text is: a user message (chat), or text to continue (text); auto:
+    chat where the tokenizer has a chat template."""
     seed: int = 0
     """The same seed, prompts and model give the same completions."""
     engine: EngineConfig = EngineConfig()
@@ -84,7 +87,8 @@ def generate(config: GenerateRun, console: "Console") -> int:
 
     with _open_output(config.output) as file:
         device = resolve_device(config.device)
-        encoder = load_encoder(config.model_name_or_path)
+        encoder = load_encoder(config.model_name_or_path,
+                               prompt_format=config.prompt_format)
         prompts = _load_prompts(config, encoder, console)
         model = load_causal_lm(config.model_name_or_path, device=str(device),
                                dtype=str(resolve_dtype(config.dtype, device))
@@ -148,7 +152,7 @@ def _prompt_columns(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _headline(rollout: "Rollout") -> dict[str, float]:
-    return {"policy/entropy": float(rollout.entropy[rollout.response_mask].mean()),
+    return {"entropy/mean": float(rollout.entropy[rollout.response_mask].mean()),
             "response/length_mean": float(rollout.response_lens.double().mean())}
 
 

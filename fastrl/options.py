@@ -84,6 +84,7 @@ def options(cls: type) -> Iterator[Option]:
 
 def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
     """Add `--config`, `--quiet` and one option per setting, absent from the result unless given."""
+    parser.usage = "%(prog)s [--config FILE] [--name value ...]"
     parser.add_argument("--config", metavar="FILE",
                         help="YAML file of settings; options given here win over it")
     parser.add_argument("--quiet", action="store_true", help="print warnings and results only")
