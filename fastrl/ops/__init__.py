@@ -1,8 +1,38 @@
 """Operations: tensors in, tensors out, one file each, with every path of an op in its file."""
 
+from fastrl.ops.gae import compute_gae
+from fastrl.ops.kl import kl_estimate
 from fastrl.ops.kv_cache import write_kv
+from fastrl.ops.linear_logprob import linear_logprobs
+from fastrl.ops.linear_policy_loss import linear_policy_loss
+from fastrl.ops.logprob import gather_logprobs
+from fastrl.ops.masked import masked_mean, masked_sum, whiten
 from fastrl.ops.packed_attention import packed_attention
 from fastrl.ops.paged_attention import paged_attention
+from fastrl.ops.policy_loss import PolicyStats, policy_loss
+from fastrl.ops.ranking_loss import RankingStats, ranking_loss
+from fastrl.ops.rewards import shape_rewards
 from fastrl.ops.sampling import sample_tokens
+from fastrl.ops.value_loss import ValueStats, value_loss
 
-__all__ = ["packed_attention", "paged_attention", "sample_tokens", "write_kv"]
+__all__ = [
+    "PolicyStats",
+    "RankingStats",
+    "ValueStats",
+    "compute_gae",
+    "gather_logprobs",
+    "kl_estimate",
+    "linear_logprobs",
+    "linear_policy_loss",
+    "masked_mean",
+    "masked_sum",
+    "packed_attention",
+    "paged_attention",
+    "policy_loss",
+    "ranking_loss",
+    "sample_tokens",
+    "shape_rewards",
+    "value_loss",
+    "whiten",
+    "write_kv",
+]

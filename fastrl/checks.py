@@ -1,0 +1,92 @@
+"""Argument checks that several ops share. None looks at a tensor's values."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastrl.errors import ConfigError, ShapeError
+
+
+def check_shape(op: str, tensors: Mapping[str, Tensor], *, ndim: int, layout: str) -> None:
+    """All tensors have `ndim` dimensions, one shape and one device.
+
+    Raises:
+        ShapeError: names the op, the layout, and the shapes that came.
+    """
+    first = next(iter(tensors.values()))
+    if first.dim() != ndim or any(t.shape != first.shape for t in tensors.values()):
+        came = ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items())
+        raise ShapeError(f"{op}: expected one shape {layout} for {', '.join(tensors)}; got {came}")
+    check_device(op, tensors)
+
+
+def check_device(op: str, tensors: Mapping[str, Tensor]) -> None:
+    """All tensors live on one device."""
+    first = next(iter(tensors.values()))
+    if any(t.device != first.device for t in tensors.values()):
+        came = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())
+        raise ShapeError(f"{op}: expected all tensors on one device; got {came}; move them with "
+                         ".to(device)")
+
+
+def check_float(op: str, **tensors: Tensor) -> None:
+    """All tensors are floating point."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ShapeError(f"{op}: expected {name} to be floating point, got {tensor.dtype}; "
+                             f"convert it with .float()")
+
+
+def check_mask(op: str, **masks: Tensor) -> None:
+    """All masks are bool."""
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool:
+            raise ShapeError(f"{op}: expected {name} to be bool, True means keep, got "
+                             f"{mask.dtype}; convert it with .bool()")
+
+
+def check_index(op: str, **tensors: Tensor) -> None:
+    """All tensors are int64."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.int64:
+            raise ShapeError(f"{op}: expected {name} to be int64, got {tensor.dtype}; convert it "
+                             "with .long()")
+
+
+def check_positive(op: str, **numbers: float | None) -> None:
+    """All numbers that are given are above 0.
+
+    Raises:
+        ConfigError: names the op and the argument.
+    """
+    for name, number in numbers.items():
+        if number is not None and not number > 0:
+            raise ConfigError(f"{op}: expected {name} above 0, got {number}; change {name}")
+
+
+def check_not_negative(op: str, **numbers: float) -> None:
+    """All numbers are at least 0.
+
+    Raises:
+        ConfigError: names the op and the argument.
+    """
+    for name, number in numbers.items():
+        if not number >= 0:
+            raise ConfigError(f"{op}: expected {name} of at least 0, got {number}; change {name}")
+
+
+def check_share(op: str, **numbers: float) -> None:
+    """All numbers lie in [0, 1].
+
+    Raises:
+        ConfigError: names the op and the argument.
+    """
+    for name, number in numbers.items():
+        if not 0 <= number <= 1:
+            raise ConfigError(f"{op}: expected {name} from 0 to 1, got {number}; change {name}")
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which an op computes: float32, or float64 for float64 inputs."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,217 @@
+"""linear_logprobs: log-probs and entropy from hidden states and a head; no [M, V] is kept.
+
+    z = (hidden @ weight.T + bias) / temperature
+    logprob = z_token - logsumexp(z)        H = logsumexp(z) - sum_v p_v z_v
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastrl.backends import choose
+from fastrl.checks import (
+    check_device,
+    check_float,
+    check_index,
+    check_positive,
+    wide_dtype,
+)
+from fastrl.errors import ShapeError
+from fastrl.ops.logprob import gather_logprobs_reference
+
+PREFERENCE = ("torch",)
+CHUNK_BYTES = 2**25
+"""Logits in memory at a time. Large enough for a full-speed product, small beside a model."""
+LOWEST_LOGPROB = -1e30
+"""Takes the place of -inf where a log-prob is multiplied: exp(-1e30) * -1e30 is 0, not NaN."""
+
+
+def linear_logprobs_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """linear_logprobs in plain torch, with all logits in memory."""
+    dtype = wide_dtype(hidden.dtype)
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    return gather_logprobs_reference(logits, token_ids, temperature=temperature)
+
+
+def check_linear(
+    op: str, hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None,
+    temperature: float, chunk_tokens: int | None,
+) -> None:
+    """The checks of every op on hidden states and a head."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ShapeError(f"{op}: expected hidden [M, D] and weight [V, D], got "
+                         f"{list(hidden.shape)} and {list(weight.shape)}")
+    if token_ids.shape != hidden.shape[:1]:
+        raise ShapeError(f"{op}: expected token_ids [M] with M = {hidden.shape[0]}, got "
+                         f"{list(token_ids.shape)}; one target per hidden state")
+    tensors = {"hidden": hidden, "weight": weight, "token_ids": token_ids}
+    if bias is not None:
+        tensors["bias"] = bias
+        check_float(op, bias=bias)
+        if bias.shape != weight.shape[:1]:
+            raise ShapeError(f"{op}: expected bias [V] with V = {weight.shape[0]}, got "
+                             f"{list(bias.shape)}")
+    check_float(op, hidden=hidden, weight=weight)
+    check_index(op, token_ids=token_ids)
+    check_device(op, tensors)
+    check_positive(op, temperature=temperature, chunk_tokens=chunk_tokens)
+
+
+def chunk_slices(num_tokens: int, vocab_size: int, itemsize: int,
+                 chunk_tokens: int | None) -> list[slice]:
+    """Token ranges whose logits fit in CHUNK_BYTES, of nearly equal size.
+
+    Equal sizes leave no last chunk of a few rows, which would be a slower product and, on a CPU,
+    other bits.
+    """
+    largest = chunk_tokens or max(1, CHUNK_BYTES // (vocab_size * itemsize))
+    num_chunks = max(1, -(-num_tokens // largest))
+    bounds = [num_tokens * i // num_chunks for i in range(num_chunks + 1)]
+    return [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def chunk_logprobs(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float
+) -> Tensor:
+    """Log-probs [m, V] of the whole vocabulary, for a chunk of hidden states [m, D]."""
+    logits = hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
+    if temperature != 1.0:
+        logits.div_(temperature)
+    return torch.log_softmax(logits, dim=-1)
+
+
+def chunk_entropy(all_logprobs: Tensor, probs: Tensor) -> Tensor:
+    """[m], -sum_v p_v log p_v, without a product of size [m, V]."""
+    return -torch.bmm(probs[:, None, :], all_logprobs[:, :, None]).flatten()
+
+
+def logits_gradient(
+    all_logprobs: Tensor, probs: Tensor, token_ids: Tensor, entropy: Tensor,
+    dlogprobs: Tensor, dentropy: Tensor,
+) -> Tensor:
+    """[m, V]: dlogprobs (onehot - p) - dentropy p (log p + H), in the memory of `all_logprobs`."""
+    dlogits = all_logprobs.add_(entropy[:, None]).mul_(-dentropy[:, None])
+    dlogits.sub_(dlogprobs[:, None]).mul_(probs)
+    return dlogits.scatter_add_(1, token_ids[:, None], dlogprobs[:, None])
+
+
+def add_head_gradients(
+    dlogits: Tensor, hidden: Tensor, weight: Tensor, rows: slice,
+    dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None,
+) -> None:
+    """Push the gradient of a chunk's logits [m, V] into those of hidden, weight and bias."""
+    if dhidden is not None:
+        torch.mm(dlogits, weight, out=dhidden[rows])
+    if dweight is not None:
+        dweight.addmm_(dlogits.T, hidden)
+    if dbias is not None:
+        dbias.add_(dlogits.sum(dim=0))
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Keeps [M, D] and [M] between forward and backward; backward makes the logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor,
+        temperature: float, chunk_tokens: int | None,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = wide_dtype(hidden.dtype)
+        wide_weight = weight.to(dtype)
+        wide_bias = None if bias is None else bias.to(dtype)
+        logprobs = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
+        entropy = torch.empty_like(logprobs)
+        for rows in chunk_slices(len(hidden), len(weight), dtype.itemsize, chunk_tokens):
+            all_logprobs = chunk_logprobs(hidden[rows].to(dtype), wide_weight, wide_bias,
+                                          temperature)
+            logprobs[rows] = all_logprobs.gather(1, token_ids[rows, None]).squeeze(1)
+            all_logprobs.clamp_(min=LOWEST_LOGPROB)
+            entropy[rows] = chunk_entropy(all_logprobs, all_logprobs.exp())
+        ctx.save_for_backward(hidden, weight, bias, token_ids, entropy)
+        ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlogprobs: Tensor, dentropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, token_ids, entropy = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dtype = entropy.dtype
+        wide_weight = weight.to(dtype)
+        wide_bias = None if bias is None else bias.to(dtype)
+        dhidden = torch.empty_like(hidden, dtype=dtype) if needs_hidden else None
+        dweight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
+        dbias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
+        for rows in chunk_slices(len(hidden), len(weight), dtype.itemsize, ctx.chunk_tokens):
+            hidden_chunk = hidden[rows].to(dtype)
+            all_logprobs = chunk_logprobs(hidden_chunk, wide_weight, wide_bias, ctx.temperature)
+            all_logprobs.clamp_(min=LOWEST_LOGPROB)
+            dlogits = logits_gradient(
+                all_logprobs, all_logprobs.exp(), token_ids[rows], entropy[rows],
+                dlogprobs[rows], dentropy[rows],
+            ).div_(ctx.temperature)
+            add_head_gradients(dlogits, hidden_chunk, wide_weight, rows, dhidden, dweight, dbias)
+        return (
+            None if dhidden is None else dhidden.to(hidden.dtype),
+            None if dweight is None else dweight.to(weight.dtype),
+            None if dbias is None else dbias.to(bias.dtype),
+            None, None, None,
+        )
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_tokens: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of one token per hidden state, and the entropy of its distribution.
+
+        z = (hidden @ weight.T + bias) / temperature
+        logprob = z_token - logsumexp(z)        H = -sum_v p_v log p_v
+
+    Args:
+        hidden: [M, D] float. hidden[m] predicts token_ids[m]; differentiable.
+        weight: [V, D] float. The head; differentiable.
+        token_ids: [M] int64.
+        bias: [V] float or None; -inf forbids a token. Differentiable.
+        temperature: Divides the logits.
+        chunk_tokens: Rows of logits in memory at a time; None: about 32 MiB of them.
+        backend: See fastrl.backends.
+    Returns:
+        logprobs, entropy: [M] float32 (float64 for float64) each, nats. Both differentiable, once.
+    Raises:
+        ShapeError: when shapes, dtypes or devices do not fit together.
+        ConfigError: when temperature or chunk_tokens is not above 0.
+        BackendUnavailableError: when a backend is named that cannot run.
+    Cost: forward 2MDV operations, backward 6MDV; two chunks of logits; a float32 copy of a
+        half-precision weight.
+    Source: the chunked loss of Wijmans et al. 2024 (arXiv 2411.09009) without its filter.
+    Example:
+        >>> hidden, weight = torch.ones(1, 2), torch.zeros(4, 2)
+        >>> logprobs, entropy = linear_logprobs(hidden, weight, torch.tensor([3]))
+        >>> round(float(logprobs), 4), round(float(entropy), 4)
+        (-1.3863, 1.3863)
+    """
+    check_linear("linear_logprobs", hidden, weight, token_ids, bias, temperature, chunk_tokens)
+    choose("linear_logprobs", "linear_logprob", PREFERENCE, hidden.device.type, hidden.dtype,
+           backend)
+    result: tuple[Tensor, Tensor] = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, token_ids, temperature, chunk_tokens
+    )
+    return result

@@ -1,0 +1,95 @@
+"""shape_rewards: a KL penalty on every token, the score on the last.
+
+    rewards_t = -kl_coef * kl_t + [t is the last response token] * score
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastrl.backends import choose
+from fastrl.checks import check_device, check_float, check_mask, check_shape
+from fastrl.errors import ConfigError, ShapeError
+from fastrl.ops.kl import kl_estimate_reference
+
+PREFERENCE = ("torch",)
+ESTIMATORS = ("k1", "k2", "k3")
+
+
+@torch.no_grad()
+def shape_rewards_reference(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    response_mask: Tensor,
+    *,
+    kl_coef: float,
+    estimator: Literal["k1", "k2", "k3"] = "k1",
+) -> tuple[Tensor, Tensor]:
+    """shape_rewards in plain torch."""
+    estimates = kl_estimate_reference(logprobs, ref_logprobs, response_mask)
+    kl = estimates[ESTIMATORS.index(estimator)]
+    num_left = response_mask.long().flip(1).cumsum(1).flip(1)  # [B, T], this token included
+    is_last = response_mask & (num_left == 1)
+    return torch.where(is_last, scores[:, None] - kl_coef * kl, -kl_coef * kl), kl
+
+
+def _check(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, estimator: str
+) -> None:
+    op = "shape_rewards"
+    check_shape(op, {"logprobs": logprobs, "ref_logprobs": ref_logprobs,
+                     "response_mask": response_mask}, ndim=2, layout="[B, T]")
+    check_float(op, scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    check_mask(op, response_mask=response_mask)
+    check_device(op, {"logprobs": logprobs, "scores": scores})
+    if scores.shape != logprobs.shape[:1]:
+        raise ShapeError(f"{op}: expected scores [B] with B = {logprobs.shape[0]}, got "
+                         f"{list(scores.shape)}; one score per response")
+    if estimator not in ESTIMATORS:
+        raise ConfigError(f"{op}: expected estimator k1, k2 or k3, got {estimator!r}")
+
+
+def shape_rewards(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    response_mask: Tensor,
+    *,
+    kl_coef: float,
+    estimator: Literal["k1", "k2", "k3"] = "k1",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Per-token rewards of PPO, and the KL estimates they contain.
+
+        rewards_t = -kl_coef * kl_t + [t is the last response token] * score
+
+    Args:
+        scores: [B] float. One number per response.
+        logprobs: [B, T] float. Policy that drew the tokens.
+        ref_logprobs: [B, T] float. Reference, of the same tokens.
+        response_mask: [B, T] bool. True for sampled tokens, EOS included.
+        kl_coef: beta, weight of the penalty.
+        estimator: Which of `kl_estimate` is the penalty.
+        backend: See fastrl.backends.
+    Returns:
+        rewards, kl: [B, T] float32 (float64 for float64) each, 0 where the mask is False. No
+        gradient. A response without a token receives no score.
+    Raises:
+        ShapeError: when shapes, dtypes or devices do not fit together.
+        ConfigError: when there is no such estimator.
+        BackendUnavailableError: when a backend is named that cannot run.
+    Cost: reads 9 bytes, writes 8 bytes per token.
+    Source: Ouyang et al. 2022 (arXiv 2203.02155), eq. 2; Ziegler et al. 2019 (arXiv 1909.08593).
+    Example:
+        >>> logprobs, ref = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -2.0]])
+        >>> mask = torch.ones(1, 2, dtype=torch.bool)
+        >>> rewards, kl = shape_rewards(torch.tensor([3.0]), logprobs, ref, mask, kl_coef=0.5)
+        >>> rewards.tolist(), kl.tolist()
+        ([[-0.5, 3.0]], [[1.0, 0.0]])
+    """
+    _check(scores, logprobs, ref_logprobs, response_mask, estimator)
+    choose("shape_rewards", "rewards", PREFERENCE, logprobs.device.type, logprobs.dtype, backend)
+    return shape_rewards_reference(scores, logprobs, ref_logprobs, response_mask,
+                                   kl_coef=kl_coef, estimator=estimator)
