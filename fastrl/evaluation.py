@@ -229,12 +229,12 @@ def compare_models(
         engine: Sizes of the engine; None takes the defaults.
         max_tokens: Token budget of one scoring pass.
     """
-    rollouts = [
+    rollout, baseline_rollout = (
         generate_for(m, prompts, sampling, seed=seed, engine=engine,
                      num_samples_per_prompt=num_samples_per_prompt)
         for m in (model, baseline)
-    ]
-    return compare_rollouts(*rollouts, baseline, scorer, decoder,
+    )
+    return compare_rollouts(rollout, baseline_rollout, baseline, scorer, decoder,
                             temperature=sampling.temperature, max_tokens=max_tokens)
 
 

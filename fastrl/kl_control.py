@@ -1,6 +1,7 @@
 """The coefficient beta of the KL penalty: fixed, or steered towards a target.
 
-Both classes have `kl_coef`, `update(kl, num_episodes)`, `state_dict()` and `load_state_dict(state)`.
+Both classes have `kl_coef`, `update(kl, num_episodes)`, `state_dict()` and
+`load_state_dict(state)`.
 """
 
 from typing import Literal

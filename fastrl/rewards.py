@@ -32,7 +32,7 @@ class TextDecoder(Protocol):
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a text."""
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """Text of some tokens."""
 
 

@@ -1,0 +1,386 @@
+"""PPO and PPO-ptx against a scorer, with a per-token KL penalty to a frozen reference.
+
+One iteration, top to bottom, is `PPOTrainer.step`:
+
+    prompt -> rollout -> evaluate -> reward -> advantages -> update -> publish
+
+Source: Ouyang et al. 2022 (arXiv 2203.02155), section 3.5 and appendix C.4. Departures from the
+paper, with reasons, are in docs/algorithms.md.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from fastrl.advantages import gae
+from fastrl.config import PPOConfig
+from fastrl.engine import Engine
+from fastrl.kl_control import make_kl_controller
+from fastrl.metrics import PhaseTimer, RunFolder
+from fastrl.models.causal_lm import CausalLM, ScalarModel
+from fastrl.models.scoring import response_logprobs, response_values
+from fastrl.ops import shape_rewards
+from fastrl.optim import AdamW, Schedule, clip_grad_norm
+from fastrl.rewards import RewardModelScorer, Scorer, TextDecoder, adjust_scores, decode_response
+from fastrl.trainers.common import (
+    Progress,
+    SilentProgress,
+    backward_token_loss,
+    derive_seed,
+    epoch_permutation,
+    evaluate_token_loss,
+    stream_indices,
+)
+from fastrl.trainers.ppo_checks import (
+    check_models,
+    check_rollout_finite,
+    check_settings,
+    check_update_finite,
+    fit_prompts,
+)
+from fastrl.trainers.ppo_update import (
+    PPOBatch,
+    backward_critic,
+    backward_policy,
+    batch_metrics,
+    eval_metrics,
+    max_logprob_gap,
+    mean_by_name,
+    unpack_sequences,
+)
+from fastrl.trainers.ppo_weights import KeptWeights
+from fastrl.types import Prompt, Rollout, TokenExample
+
+logger = logging.getLogger("fastrl")
+
+GAP_WARNING = (
+    "iteration %d: log-probs of the engine and of the update's forward differ by up to %.2g on the "
+    "same tokens and weights (logprob_tolerance %.2g), so ratios would not start at 1; all old "
+    "log-probs of this iteration are recomputed. Usual causes: 16-bit weights, another attention "
+    "kernel in the engine, weights changed without engine.weights_changed()"
+)
+NUM_LOGGED_SAMPLES = 4
+"""Held-out prompts whose responses are written out at every evaluation."""
+
+
+class PPOTrainer:
+    """Trains a policy to raise a score while it stays close to a reference.
+
+    `step()` is one iteration; `train()` is the loop over it and leaves the chosen weights in
+    `policy`. All models are put into eval mode: there is no dropout in RL.
+
+    Args:
+        config: Settings; the paper's values are the defaults.
+        policy: Trained in place; the engine samples from these same weights.
+        reference: Frozen; KL is measured against it. It must not share weights with the policy.
+        critic: Trained in place; see `fastrl.trainers.ppo_update.initial_critic`.
+        scorer: `scorer(rollout) -> [B]`, one score per response.
+        prompts: Drawn by seeded permutations, each prompt once per pass.
+        eval_prompts: Held-out prompts; none: no evaluation and no best weights.
+        ptx: Pretraining windows for PPO-ptx.
+        eval_ptx: Held-out windows; every evaluation logs their loss.
+        run: Where metrics and samples are written; None writes nothing.
+        encoder: Turns samples into text, and serves stop strings.
+    Raises:
+        ModelError: when the models read different tokens.
+        DataError: when no prompt fits `max_prompt_tokens`.
+        ConfigError: when settings, models and data do not fit together.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        policy: CausalLM,
+        reference: CausalLM,
+        critic: ScalarModel,
+        scorer: Scorer,
+        prompts: Sequence[Prompt],
+        *,
+        eval_prompts: Sequence[Prompt] = (),
+        ptx: Sequence[TokenExample] = (),
+        eval_ptx: Sequence[TokenExample] = (),
+        run: RunFolder | None = None,
+        encoder: TextDecoder | None = None,
+    ) -> None:
+        models: dict[str, CausalLM | ScalarModel] = {
+            "policy": policy, "reference": reference, "critic": critic}
+        if isinstance(scorer, RewardModelScorer):
+            models["reward model"] = scorer.model
+        check_models(models)
+        check_settings(config, policy, ptx)
+        self.prompts = fit_prompts(prompts, config, models, "prompts")
+        self.num_dropped_prompts = len(prompts) - len(self.prompts)
+        self.eval_prompts = fit_prompts(eval_prompts, config, models, "eval_prompts"
+                                        )[:config.num_eval_prompts] if eval_prompts else []
+        self.config, self.scorer, self.ptx, self.eval_ptx = config, scorer, ptx, eval_ptx
+        self.run, self.encoder = run, encoder
+        self.policy, self.critic = policy.eval(), critic.eval()
+        self.reference = reference.eval().requires_grad_(False)
+        self.engine = Engine(policy, config.engine, encoder=encoder)
+        self.policy_optimizer = AdamW.from_config(policy.parameters(), config)
+        self.critic_optimizer = AdamW.from_config(critic.parameters(), config)
+        self.policy_schedule = Schedule.from_config(config, max(
+            1, config.num_iterations - config.num_critic_warmup_iterations))
+        self.critic_schedule = Schedule.from_config(config, config.num_iterations,
+                                                    config.critic_learning_rate)
+        self.kl_controller = make_kl_controller(config.kl_controller, config.kl_coef,
+                                                config.kl_target, config.kl_horizon)
+        self.weights = KeptWeights(policy, config)
+        self.iteration = 0
+        self.num_ptx_windows = 0
+        self.num_recomputed = 0
+        self.score_std: float | None = None
+        self.stop_reason: str | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Iterations of the run."""
+        return self.config.num_iterations
+
+    def train(self, progress: Progress | None = None) -> str:
+        """Run to the end, or to the KL ceiling, and put the chosen weights into the policy.
+
+        Returns:
+            Why training ended, in words.
+        """
+        progress = progress or SilentProgress()
+        while self.iteration < self.num_steps and self.stop_reason is None:
+            metrics = self.step()
+            progress.update(self.iteration, metrics)
+        chosen = self.weights.load_chosen()
+        self.engine.weights_changed()
+        reason = self.stop_reason or f"all {self.num_steps} iterations done"
+        logger.info("PPO ended: %s; weights kept: %s", reason, chosen)
+        return reason
+
+    def step(self) -> dict[str, float]:
+        """One iteration: sample, score, learn, publish.
+
+        Returns:
+            The metrics of the iteration; every name is explained in `fastrl.glossary`.
+        Raises:
+            NumericsError: at the first NaN or infinity, before it reaches the weights.
+        """
+        config, timer = self.config, PhaseTimer()
+        if self.iteration == 0 and config.eval_steps is not None:
+            self._log(self.evaluate())
+
+        # prompt
+        num_prompts = config.rollout_batch_size // config.num_samples_per_prompt
+        drawn = stream_indices(len(self.prompts), derive_seed(config.seed, "prompts"),
+                               self.iteration * num_prompts, num_prompts)
+
+        # rollout
+        with timer.phase("rollout"):
+            rollout = self.engine.generate(
+                [self.prompts[i].token_ids for i in drawn], config.sampling,
+                seed=derive_seed(config.seed, "rollout", self.iteration),
+                num_samples_per_prompt=config.num_samples_per_prompt,
+            )
+
+        # evaluate
+        with timer.phase("scoring"):
+            old_logprobs, gap_metrics = self._old_logprobs(rollout)
+            ref_logprobs = self._ref_logprobs(rollout)
+            values = response_values(self.critic, rollout, config.max_tokens_per_microbatch)
+            raw_scores = self.scorer(rollout)
+        check_rollout_finite(self.iteration, rollout, scores=raw_scores, old_logprobs=old_logprobs,
+                             ref_logprobs=ref_logprobs, values=values)
+
+        # reward
+        scores = adjust_scores(raw_scores, rollout.finish_reasons, clip=config.reward_clip,
+                               missing_eos_penalty=config.missing_eos_penalty)
+        rewards, _ = shape_rewards(scores, old_logprobs, ref_logprobs, rollout.response_mask,
+                                   kl_coef=self.kl_controller.kl_coef,
+                                   estimator=config.kl_estimator)
+
+        # advantages
+        advantages, returns = gae(
+            rewards, values, rollout.response_mask, gamma=config.gamma, lam=config.lam,
+            whiten_rewards=config.whiten_rewards, whiten_advantages=config.whiten_advantages,
+        )
+
+        # update
+        batch = PPOBatch(
+            rollout=rollout, sequences=unpack_sequences(rollout), old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs, values=values, raw_scores=raw_scores, scores=scores,
+            rewards=rewards, advantages=advantages, returns=returns,
+        )
+        metrics = batch_metrics(batch) | gap_metrics | self._coefficient_metrics(raw_scores)
+        with timer.phase("update"):
+            if not self._is_past_kl_ceiling(metrics["kl/policy_ref"]):
+                metrics |= self._update(batch)
+                if self._trains_policy:
+                    self.kl_controller.update(metrics["kl/policy_ref"], rollout.batch_size)
+
+        # publish
+        self.engine.weights_changed()
+        self.iteration += 1
+        if self._is_evaluation_due():
+            with timer.phase("eval"):
+                metrics |= self.evaluate()
+        metrics |= timer.metrics(int(rollout.response_mask.sum()))
+        self._log(metrics)
+        return metrics
+
+    @property
+    def _trains_policy(self) -> bool:
+        """False in the first iterations, which are the critic's."""
+        return self.iteration >= self.config.num_critic_warmup_iterations
+
+    def _old_logprobs(self, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
+        """The rollout's own log-probs [B, T] while recomputed rows agree, else all recomputed."""
+        if self.config.num_logprob_checks == 0:
+            return rollout.rollout_logprobs, {}
+        gap = max_logprob_gap(self.policy, rollout, self.config, self.iteration)
+        old_logprobs = rollout.rollout_logprobs
+        if not gap <= self.config.logprob_tolerance:
+            self.num_recomputed += 1
+            logger.warning(GAP_WARNING, self.iteration, gap, self.config.logprob_tolerance)
+            old_logprobs, _ = response_logprobs(self.policy, rollout,
+                                                self.config.sampling.temperature,
+                                                self.config.max_tokens_per_microbatch)
+        return old_logprobs, {"logprob/gap_max": gap,
+                              "logprob/num_recomputed": float(self.num_recomputed)}
+
+    def _ref_logprobs(self, rollout: Rollout) -> Tensor:
+        """Log-probs [B, T] of the frozen reference."""
+        logprobs, _ = response_logprobs(self.reference, rollout, self.config.sampling.temperature,
+                                        self.config.max_tokens_per_microbatch)
+        return logprobs
+
+    def _coefficient_metrics(self, raw_scores: Tensor) -> dict[str, float]:
+        """beta, also in units of the scores' std under the policy that training started from."""
+        if self.score_std is None:
+            self.score_std = float(raw_scores.std(correction=0))
+        kl_coef = self.kl_controller.kl_coef
+        metrics = {"kl/coef": kl_coef}
+        if self.score_std > 0:  # equal scores have no unit to divide by
+            metrics["kl/coef_per_score_std"] = kl_coef / self.score_std
+        return metrics
+
+    def _is_past_kl_ceiling(self, kl: float) -> bool:
+        """True when KL passed `max_kl`; training then ends after this iteration, unchanged."""
+        max_kl = self.config.max_kl
+        if max_kl is None or kl <= max_kl:
+            return False
+        self.stop_reason = (f"KL to the reference reached {kl:.2f} nats per response at iteration "
+                            f"{self.iteration}, above max_kl {max_kl}")
+        logger.warning("PPO stops: %s", self.stop_reason)
+        return True
+
+    def _update(self, batch: PPOBatch) -> dict[str, float]:
+        """Inner epochs x minibatches: one optimiser step of policy and critic for each."""
+        config, done, num_steps = self.config, list[dict[str, float]](), 0
+        for number, rows in enumerate(self._minibatches(batch.rollout.batch_size)):
+            metrics: dict[str, float] = {}
+            if self._trains_policy:
+                metrics = backward_policy(self.policy, batch, rows, config,
+                                          measures_ratio=number == 0)
+                if config.max_approx_kl is not None and metrics["kl/approx"] > config.max_approx_kl:
+                    self.policy_optimizer.zero_grad()
+                    done.append({"kl/approx": metrics["kl/approx"]})
+                    break
+                metrics |= self._step_policy(rows, metrics)
+            metrics |= self._step_critic(batch, rows)
+            done.append(metrics)
+            num_steps += 1
+        return mean_by_name(done) | {"update/num_minibatches": float(num_steps)}
+
+    def _minibatches(self, batch_size: int) -> Iterator[list[int]]:
+        """Rows of each minibatch of the iteration, in seeded order, every row once per epoch."""
+        seed = derive_seed(self.config.seed, "minibatches", self.iteration)
+        for epoch in range(self.config.num_inner_epochs):
+            order = epoch_permutation(batch_size, seed, epoch)
+            for begin in range(0, batch_size, self.config.minibatch_size):
+                yield order[begin:begin + self.config.minibatch_size]
+
+    def _step_policy(self, rows: list[int], metrics: dict[str, float]) -> dict[str, float]:
+        """Add the pretraining gradient to the same buffers, clip, step, follow with the average."""
+        config, result = self.config, dict[str, float]()
+        if config.ptx_coef > 0:
+            count = round(config.ptx_ratio * len(rows))
+            windows = stream_indices(len(self.ptx), derive_seed(config.seed, "ptx"),
+                                     self.num_ptx_windows, count)
+            self.num_ptx_windows += count
+            result["loss/ptx"] = backward_token_loss(
+                self.policy, [self.ptx[i] for i in windows], config.max_tokens_per_microbatch,
+                weight=config.ptx_coef)
+        result["grad/policy_norm"] = clip_grad_norm(self.policy.parameters(), config.max_grad_norm)
+        check_update_finite(self.iteration, rows, metrics | result)
+        # The policy's warmup begins when the policy does, after the critic's own iterations.
+        learning_rate = self.policy_schedule(self.iteration - config.num_critic_warmup_iterations)
+        self.policy_optimizer.step(learning_rate)
+        self.policy_optimizer.zero_grad()
+        self.weights.follow()
+        return result | {"lr/policy": learning_rate}
+
+    def _step_critic(self, batch: PPOBatch, rows: list[int]) -> dict[str, float]:
+        """One optimiser step of the critic: its own gradient, clip norm and learning rate."""
+        metrics = backward_critic(self.critic, batch, rows, self.config)
+        metrics["grad/critic_norm"] = clip_grad_norm(self.critic.parameters(),
+                                                     self.config.critic_max_grad_norm)
+        check_update_finite(self.iteration, rows, metrics)
+        learning_rate = self.critic_schedule(self.iteration)
+        self.critic_optimizer.step(learning_rate)
+        self.critic_optimizer.zero_grad()
+        return metrics | {"lr/critic": learning_rate}
+
+    def _is_evaluation_due(self) -> bool:
+        """At every multiple of `eval_steps`, and after the last iteration."""
+        steps = self.config.eval_steps
+        is_last = self.iteration >= self.num_steps or self.stop_reason is not None
+        return steps is not None and (self.iteration % steps == 0 or is_last)
+
+    def evaluate(self) -> dict[str, float]:
+        """Answer the held-out prompts with the weights that would be saved; score, log, keep best.
+
+        Prompts and random numbers are the same every time, so samples can be put side by side.
+
+        Returns:
+            `eval/` metrics; empty without held-out prompts.
+        Raises:
+            NumericsError: when a score or a log-prob is not finite.
+        """
+        if not self.eval_prompts:
+            return {}
+        config = self.config
+        with self.weights.for_evaluation():
+            self.engine.weights_changed()
+            rollout = self.engine.generate([p.token_ids for p in self.eval_prompts],
+                                           config.sampling, seed=derive_seed(config.seed, "eval"))
+            ref_logprobs, raw_scores = self._ref_logprobs(rollout), self.scorer(rollout)
+            check_rollout_finite(self.iteration, rollout, scores=raw_scores,
+                                 ref_logprobs=ref_logprobs)
+            metrics = eval_metrics(rollout, ref_logprobs, raw_scores, config,
+                                   self.kl_controller.kl_coef)
+            if self.eval_ptx:
+                metrics["eval/ptx_loss"] = evaluate_token_loss(
+                    self.policy, self.eval_ptx, config.max_tokens_per_microbatch)
+            self.weights.offer(self.iteration, metrics["eval/objective"])
+        self.engine.weights_changed()
+        self._log_samples(rollout, raw_scores)
+        return metrics
+
+    def _log_samples(self, rollout: Rollout, raw_scores: Tensor) -> None:
+        """Write the first held-out responses to the run folder; token ids without an encoder."""
+        if self.run is None:
+            return
+        self.run.log_samples(self.iteration, [
+            {
+                "prompt": self.eval_prompts[i].text,
+                "response": " ".join(map(str, rollout.response(i))) if self.encoder is None
+                else decode_response(rollout, i, self.encoder),
+                "score": float(raw_scores[i]),
+                "finish_reason": rollout.finish_reasons[i],
+            }
+            for i in range(min(NUM_LOGGED_SAMPLES, rollout.batch_size))
+        ])
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        """Write metrics every `logging_steps`, at every evaluation and at the end."""
+        is_due = (self.iteration % self.config.logging_steps == 0 or "eval/objective" in metrics
+                  or self.iteration >= self.num_steps or self.stop_reason is not None)
+        if self.run is not None and is_due and metrics:
+            self.run.log(self.iteration, metrics)

@@ -1,0 +1,146 @@
+"""What PPO refuses before it starts, and the numbers it refuses while it runs."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastrl.config import PPOConfig
+from fastrl.errors import ConfigError, DataError, ModelError, NumericsError
+from fastrl.models.causal_lm import CausalLM, ScalarModel
+from fastrl.types import Prompt, Rollout, TokenExample
+
+logger = logging.getLogger("fastrl")
+
+
+def check_models(models: Mapping[str, CausalLM | ScalarModel]) -> None:
+    """Refuse models that read other tokens than the policy, or share weights that are trained.
+
+    Args:
+        models: By name; "policy" and "critic" are the trained ones.
+    Raises:
+        ModelError: when vocabularies differ in size.
+        ConfigError: when a model holds a tensor that belongs to the policy or the critic.
+    """
+    vocab_size = models["policy"].spec.vocab_size
+    trained = {id(p): name for name in ("policy", "critic") for p in models[name].parameters()}
+    for name, model in models.items():
+        if model.spec.vocab_size != vocab_size:
+            raise ModelError(
+                f"PPO: expected {name} and policy to read the same tokens, got vocabularies of "
+                f"{model.spec.vocab_size} and {vocab_size}; use models of one tokenizer"
+            )
+        owner = next((trained[id(p)] for p in model.parameters() if id(p) in trained), name)
+        if owner != name:
+            raise ConfigError(
+                f"PPO: expected {name} to have weights of its own, got those of the {owner}, which "
+                f"change in training; pass copy.deepcopy({owner})"
+            )
+
+
+def check_settings(config: PPOConfig, policy: CausalLM, ptx: Sequence[TokenExample]) -> None:
+    """Refuse settings that cannot work with this model and these data.
+
+    Raises:
+        ConfigError: when ptx is on without text, or no response could ever stop although responses
+            that do not stop get a penalty instead of their score.
+    """
+    if config.ptx_coef > 0 and (not ptx or round(config.ptx_ratio * config.minibatch_size) < 1):
+        raise ConfigError(
+            f"ptx_coef: expected pretraining windows for ptx_coef {config.ptx_coef}, got "
+            f"{len(ptx)} windows and ptx_ratio {config.ptx_ratio}; pass ptx and a ratio that gives "
+            f"at least one window per minibatch, or set ptx_coef to 0"
+        )
+    stops = config.sampling.stop_token_ids
+    can_stop = config.sampling.stop_strings or (policy.spec.eos_token_ids if stops is None
+                                                else stops)
+    if config.missing_eos_penalty is not None and not can_stop:
+        raise ConfigError(
+            "missing_eos_penalty: expected a way for responses to stop, got a model without "
+            "end-of-text token and no stop tokens or strings, so that every response would be "
+            "penalised; set sampling.stop_token_ids, or missing_eos_penalty to null"
+        )
+
+
+def fit_prompts(
+    prompts: Sequence[Prompt],
+    config: PPOConfig,
+    models: Mapping[str, CausalLM | ScalarModel],
+    what: str,
+) -> list[Prompt]:
+    """The prompts of at most `max_prompt_tokens`; the others are dropped and counted in the log.
+
+    Raises:
+        DataError: when none is left, or one is empty or has ids outside the vocabulary.
+        ConfigError: when a prompt and its response do not fit into a model's positions.
+    """
+    kept = [p for p in prompts if len(p.token_ids) <= config.max_prompt_tokens]
+    if len(kept) < len(prompts):
+        logger.warning("%s: dropped %d of %d that are longer than max_prompt_tokens (%d)",
+                       what, len(prompts) - len(kept), len(prompts), config.max_prompt_tokens)
+    if not kept:
+        raise DataError(
+            f"{what}: expected at least one of at most max_prompt_tokens "
+            f"({config.max_prompt_tokens}) tokens, got none out of {len(prompts)}; raise "
+            f"max_prompt_tokens or give shorter prompts"
+        )
+    vocab_size = models["policy"].spec.vocab_size
+    for number, prompt in enumerate(kept):
+        if not prompt.token_ids or not 0 <= min(prompt.token_ids) <= max(
+            prompt.token_ids
+        ) < vocab_size:
+            raise DataError(
+                f"{what}: expected prompt {number} to have tokens below the vocabulary size "
+                f"{vocab_size}, got {list(prompt.token_ids[:8])}; encode it with the model's own "
+                f"tokenizer"
+            )
+    needed = max(len(p.token_ids) for p in kept) + config.sampling.max_new_tokens
+    for name, model in models.items():
+        if needed > model.spec.max_positions:
+            raise ConfigError(
+                f"{what}: expected prompt and response to fit into {name}'s "
+                f"{model.spec.max_positions} positions, got {needed} (longest prompt plus "
+                f"max_new_tokens {config.sampling.max_new_tokens}); lower max_prompt_tokens or "
+                f"max_new_tokens"
+            )
+    return kept
+
+
+def check_rollout_finite(iteration: int, rollout: Rollout, **quantities: Tensor) -> None:
+    """Stop at the first response with a NaN or an infinity, before anything learns from it.
+
+    Args:
+        iteration: For the message.
+        rollout: The responses, for the message.
+        quantities: Name -> [B] or [B, T] tensor.
+    Raises:
+        NumericsError: names the iteration, the quantity and the response.
+    """
+    for name, tensor in quantities.items():
+        bad = ~torch.isfinite(tensor).reshape(len(tensor), -1).all(dim=1)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise NumericsError(
+                f"iteration {iteration}: expected finite {name}, got NaN or infinity in response "
+                f"{row} ({int(bad.sum())} of {len(tensor)} responses), which begins with tokens "
+                f"{rollout.response(row)[:8]} after prompt tokens "
+                f"{rollout.sequence(row)[:8]}; weights are those of the iteration before. "
+                f"Look at the scorer for scores, at learning rates and max_grad_norm otherwise"
+            )
+
+
+def check_update_finite(iteration: int, rows: list[int], metrics: Mapping[str, float]) -> None:
+    """Stop before an optimiser step with a NaN or an infinity in its loss or gradient norm.
+
+    Raises:
+        NumericsError: names the iteration, the quantity and the responses of the minibatch.
+    """
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise NumericsError(
+                f"iteration {iteration}: expected a finite {name}, got {value} in the minibatch of "
+                f"responses {sorted(rows)}; this step was not taken. Lower the learning rates or "
+                f"set max_grad_norm"
+            )

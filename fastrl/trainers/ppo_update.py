@@ -1,0 +1,262 @@
+"""What one PPO iteration learns from, the gradient of a minibatch, and the numbers to log."""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrl.config import PPOConfig
+from fastrl.errors import ConfigError
+from fastrl.models.causal_lm import CausalLM, ScalarModel, scalar_from_causal
+from fastrl.models.scoring import response_logprobs
+from fastrl.ops import (
+    PolicyStats,
+    ValueStats,
+    kl_estimate,
+    linear_logprobs,
+    linear_policy_loss,
+    masked_mean,
+    value_loss,
+)
+from fastrl.packing import predict_rows, response_target_mask
+from fastrl.rewards import adjust_scores
+from fastrl.trainers.common import accumulate, derive_seed, epoch_permutation, packed_forward
+from fastrl.types import Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class PPOBatch:
+    """Everything an iteration knows about its responses before the first optimiser step."""
+
+    rollout: Rollout
+    sequences: list[list[int]]
+    """Token ids of every sequence, prompt and response."""
+    old_logprobs: Tensor
+    """[B, T], of the policy that the update starts from."""
+    ref_logprobs: Tensor
+    """[B, T], of the frozen reference."""
+    values: Tensor
+    """[B, T], of the critic, before each response token."""
+    raw_scores: Tensor
+    """[B], as the scorer gave them."""
+    scores: Tensor
+    """[B], clipped, and replaced where a response did not stop."""
+    rewards: Tensor
+    """[B, T], KL on every token, score on the last."""
+    advantages: Tensor
+    """[B, T], whitened where the config says so."""
+    returns: Tensor
+    """[B, T], targets of the critic."""
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T] bool, True for sampled tokens."""
+        return self.rollout.response_mask
+
+
+def unpack_sequences(rollout: Rollout) -> list[list[int]]:
+    """Token ids of every sequence of a rollout, with one copy from the device."""
+    token_ids, bounds = rollout.token_ids.tolist(), rollout.cu_seqlens.tolist()
+    return [token_ids[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def _response_forward(
+    model: CausalLM | ScalarModel, batch: PPOBatch, rows: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Model output at the M positions that predict the responses `rows`, and the M tokens."""
+    output, packed = packed_forward(model, [batch.sequences[i] for i in rows])
+    target_mask = response_target_mask(packed.cu_seqlens, batch.rollout.prompt_lens[rows])
+    sources, targets = predict_rows(target_mask)
+    return output[sources], packed.token_ids[targets]
+
+
+def backward_policy(
+    policy: CausalLM,
+    batch: PPOBatch,
+    rows: list[int],
+    config: PPOConfig,
+    *,
+    measures_ratio: bool = False,
+) -> dict[str, float]:
+    """Add the gradient of the clipped policy loss of one minibatch to the policy.
+
+    Every mean is over the response tokens of the whole minibatch, so that the split into
+    microbatches does not change the gradient.
+
+    Args:
+        rows: Responses of the minibatch.
+        measures_ratio: Also compare the engine's log-probs with those of this very forward; True
+            for the first minibatch of an iteration, where the weights are the engine's.
+    Returns:
+        Metrics of the minibatch, of the state before the optimiser step.
+    """
+    denominator = int(batch.rollout.response_lens[rows].sum())
+    temperature = config.sampling.temperature
+    parts: list[PolicyStats] = []
+    ratios: list[Tensor] = []
+
+    def loss_of(part: list[int]) -> Tensor:
+        taken = [rows[i] for i in part]
+        mask = batch.mask[taken]
+        hidden, token_ids = _response_forward(policy, batch, taken)
+        loss: Tensor
+        loss, stats = policy.lm_head(
+            hidden, linear_policy_loss, token_ids, batch.old_logprobs[taken][mask],
+            batch.advantages[taken][mask], torch.ones_like(token_ids, dtype=torch.bool),
+            denominator=denominator, clip_range=config.clip_range, temperature=temperature,
+            entropy_coef=config.entropy_coef,
+        )
+        parts.append(stats)
+        if measures_ratio:
+            with torch.no_grad():
+                logprobs, _ = policy.lm_head(hidden.detach(), linear_logprobs, token_ids,
+                                             temperature=temperature)
+            ratios.append((logprobs - batch.rollout.rollout_logprobs[taken][mask]).exp())
+        return loss
+
+    accumulate([len(batch.sequences[i]) for i in rows], config.max_tokens_per_microbatch, loss_of)
+    stats = sum(parts[1:], parts[0])
+    metrics = {
+        "loss/policy": float(stats.policy_loss / stats.count),
+        "clip/fraction": float(stats.clip_fraction / stats.count),
+        "kl/approx": float(stats.approx_kl / stats.count),
+    }
+    if measures_ratio:
+        ratio = torch.cat(ratios)
+        metrics["ratio/first_minibatch_mean"] = float(ratio.mean())
+        metrics["ratio/first_minibatch_max_error"] = float((ratio - 1).abs().max())
+    return metrics
+
+
+def backward_critic(
+    critic: ScalarModel, batch: PPOBatch, rows: list[int], config: PPOConfig
+) -> dict[str, float]:
+    """Add the gradient of the clipped value loss of one minibatch to the critic.
+
+    Args:
+        rows: Responses of the minibatch.
+    Returns:
+        Metrics of the minibatch, of the state before the optimiser step.
+    """
+    denominator = int(batch.rollout.response_lens[rows].sum())
+    parts: list[ValueStats] = []
+
+    def loss_of(part: list[int]) -> Tensor:
+        taken = [rows[i] for i in part]
+        mask = batch.mask[taken]
+        values, _ = _response_forward(critic, batch, taken)
+        loss, stats = value_loss(
+            values, batch.values[taken][mask], batch.returns[taken][mask],
+            torch.ones_like(values, dtype=torch.bool),
+            denominator=denominator, value_clip_range=config.value_clip_range,
+        )
+        parts.append(stats)
+        return config.value_coef * loss
+
+    accumulate([len(batch.sequences[i]) for i in rows], config.max_tokens_per_microbatch, loss_of)
+    stats = sum(parts[1:], parts[0])
+    return {"loss/value": float(stats.value_loss / stats.count),
+            "clip/value_fraction": float(stats.clip_fraction / stats.count)}
+
+
+def max_logprob_gap(
+    policy: CausalLM, rollout: Rollout, config: PPOConfig, iteration: int
+) -> float:
+    """Largest difference between the engine's log-probs and the update's, over sampled rows.
+
+    Args:
+        policy: The weights that made the rollout.
+        iteration: Chooses which `num_logprob_checks` responses are recomputed.
+    """
+    seed = derive_seed(config.seed, "logprob_checks")
+    order = epoch_permutation(rollout.batch_size, seed, iteration)
+    part = rollout.select(order[:config.num_logprob_checks])
+    again, _ = response_logprobs(policy, part, config.sampling.temperature,
+                                 config.max_tokens_per_microbatch)
+    return float((again - part.rollout_logprobs).abs().max())
+
+
+def initial_critic(
+    config: PPOConfig, policy: CausalLM, reward_model: ScalarModel | None
+) -> ScalarModel:
+    """The critic that `critic_init` asks for, with weights of its own.
+
+    Args:
+        policy: Its trunk is copied, under a zero head, for "policy".
+        reward_model: Copied whole, reward shift included, for "reward".
+    Raises:
+        ConfigError: when there is no reward model to start from.
+    """
+    if config.critic_init == "policy":
+        critic = scalar_from_causal(policy, config.seed, init="zero")
+    elif reward_model is not None:
+        critic = copy.deepcopy(reward_model)
+    else:
+        raise ConfigError(
+            "critic_init: expected a reward model to start the critic from, got none; give one, or "
+            "set critic_init to policy"
+        )
+    return critic.requires_grad_(True)
+
+
+def response_metrics(
+    rollout: Rollout, logprobs: Tensor, ref_logprobs: Tensor, raw_scores: Tensor
+) -> dict[str, float]:
+    """What a set of responses looks like, in training and in evaluation."""
+    k1, _, k3 = kl_estimate(logprobs, ref_logprobs, rollout.response_mask)
+    stopped = [reason == "stop" for reason in rollout.finish_reasons]
+    return {
+        "reward/score_mean": float(raw_scores.mean()),
+        "reward/score_std": float(raw_scores.std(correction=0)),
+        "kl/policy_ref": float(k1.sum(dim=1).mean()),
+        "kl/policy_ref_k3": float(k3.sum(dim=1).mean()),
+        "entropy/mean": float(masked_mean(rollout.entropy, rollout.response_mask)),
+        "response/length_mean": float(rollout.response_lens.double().mean()),
+        "response/eos_rate": sum(stopped) / len(stopped),
+    }
+
+
+def batch_metrics(batch: PPOBatch) -> dict[str, float]:
+    """What an iteration knows before it learns."""
+    mask, returns = batch.mask, batch.returns[batch.mask].double()
+    residuals = returns - batch.values[mask].double()  # the advantages before whitening
+    variance = float(returns.var(correction=0))
+    return {
+        **response_metrics(batch.rollout, batch.old_logprobs, batch.ref_logprobs,
+                           batch.raw_scores),
+        "reward/used_score_mean": float(batch.scores.mean()),
+        "reward/total_mean": float(batch.rewards.sum(dim=1).mean()),
+        "value/mean": float(masked_mean(batch.values, mask)),
+        "value/return_mean": float(returns.mean()),
+        "value/return_std": variance ** 0.5,
+        # Equal returns leave nothing to explain.
+        "value/explained_variance":
+            1 - float(residuals.square().mean()) / variance if variance > 0 else 0.0,
+        "advantage/std": float(residuals.std(correction=0)),
+    }
+
+
+def eval_metrics(
+    rollout: Rollout,
+    ref_logprobs: Tensor,
+    raw_scores: Tensor,
+    config: PPOConfig,
+    kl_coef: float,
+) -> dict[str, float]:
+    """Held-out metrics; `eval/objective` = mean score as PPO uses it - beta * KL."""
+    metrics = response_metrics(rollout, rollout.rollout_logprobs, ref_logprobs, raw_scores)
+    scores = adjust_scores(raw_scores, rollout.finish_reasons, clip=config.reward_clip,
+                           missing_eos_penalty=config.missing_eos_penalty)
+    objective = float(scores.mean()) - kl_coef * metrics["kl/policy_ref"]
+    return {"eval/objective": objective,
+            **{f"eval/{name.replace('/', '_')}": value for name, value in metrics.items()}}
+
+
+def mean_by_name(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of every metric over the rows that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: math.fsum(values) / len(values) for name in names
+            if (values := [row[name] for row in rows if name in row])}

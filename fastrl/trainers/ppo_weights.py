@@ -1,0 +1,71 @@
+"""Which weights of the policy are evaluated, kept and finally saved."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrl.config import PPOConfig
+from fastrl.models.causal_lm import CausalLM
+from fastrl.optim import EMA
+
+
+@dataclass(frozen=True, slots=True)
+class BestWeights:
+    """The best policy so far."""
+
+    iteration: int
+    """Iterations finished when it was evaluated."""
+    objective: float
+    """Held-out score minus beta times KL."""
+    weights: list[Tensor]
+    """In the order of `policy.parameters()`, on the CPU."""
+
+
+class KeptWeights:
+    """The moving average of a policy's weights, and the best weights seen in an evaluation.
+
+    Args:
+        policy: The model that is trained.
+        config: `ema_decay`, `eval_with_ema` and `keep_best` decide what happens here.
+    """
+
+    def __init__(self, policy: CausalLM, config: PPOConfig) -> None:
+        self.policy, self.config = policy, config
+        self.ema = None if config.ema_decay is None else EMA(policy.parameters(), config.ema_decay)
+        self.best: BestWeights | None = None
+
+    def follow(self) -> None:
+        """Move the average towards the present weights; once per optimiser step."""
+        if self.ema is not None:
+            self.ema.update()
+
+    @contextmanager
+    def for_evaluation(self) -> Iterator[None]:
+        """Inside the block the policy has the weights that are judged: the average, or its own."""
+        if self.ema is not None and self.config.eval_with_ema:
+            with self.ema.swapped():
+                yield
+        else:
+            yield
+
+    def offer(self, iteration: int, objective: float) -> None:
+        """Keep a copy of the policy's present weights when they are the best so far."""
+        if self.config.keep_best and (self.best is None or objective > self.best.objective):
+            weights = [p.detach().to("cpu", copy=True) for p in self.policy.parameters()]
+            self.best = BestWeights(iteration, objective, weights)
+
+    @torch.no_grad()
+    def load_chosen(self) -> str:
+        """Put the weights to save into the policy for good; return which they are, in words."""
+        if self.best is not None:
+            for p, weight in zip(self.policy.parameters(), self.best.weights, strict=True):
+                p.copy_(weight)
+            return (f"best held-out objective {self.best.objective:.4g}, after "
+                    f"{self.best.iteration} iterations")
+        if self.ema is not None and self.config.eval_with_ema:
+            self.ema.copy_to()
+            return f"moving average, decay {self.config.ema_decay}"
+        return "last iteration"

@@ -1,0 +1,112 @@
+"""Scorers and what PPO does to a score before it becomes a reward."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from fastrl.errors import DataError, NumericsError, ShapeError
+from fastrl.models.causal_lm import scalar_from_causal
+from fastrl.models.decoder import DecoderConfig, new_decoder
+from fastrl.models.scoring import response_scores
+from fastrl.rewards import FunctionScorer, RewardModelScorer, adjust_scores, decode_response
+from fastrl.types import Prompt, Rollout
+
+EOS = 1
+
+
+class LetterCodec:
+    """Token 1 ends a text, token 2 is 'a', token 3 is 'b' and so on."""
+
+    eos_token_ids = (EOS,)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join("!" if t == EOS else chr(ord("a") + t - 2) for t in ids)
+
+
+def make_rollout(prompts: list[list[int]], responses: list[list[int]]) -> Rollout:
+    sequences = [p + r for p, r in zip(prompts, responses, strict=True)]
+    width = max(map(len, responses))
+    mask = torch.tensor([[t < len(r) for t in range(width)] for r in responses])
+    return Rollout(
+        token_ids=torch.tensor([t for s in sequences for t in s]),
+        cu_seqlens=torch.tensor([0, *map(len, sequences)]).cumsum(0),
+        prompt_lens=torch.tensor([len(p) for p in prompts]),
+        response_ids=torch.tensor([r + [0] * (width - len(r)) for r in responses]),
+        response_mask=mask,
+        rollout_logprobs=torch.zeros(mask.shape),
+        entropy=torch.zeros(mask.shape),
+        finish_reasons=tuple("stop" if r[-1] == EOS else "length" for r in responses),
+    )
+
+
+ROLLOUT = make_rollout([[2, 3], [4]], [[2, 2, EOS], [3, 4]])
+
+
+def test_function_sees_prompt_text_and_completions_without_the_end_token() -> None:
+    seen = []
+
+    def count_a(prompts: list[str], completions: list[str]) -> list[float]:
+        seen.extend(zip(prompts, completions, strict=True))
+        return [text.count("a") for text in completions]
+
+    scores = FunctionScorer(count_a, LetterCodec(), [Prompt((2, 3), "a question")])(ROLLOUT)
+    assert seen == [("a question", "aa"), ("c", "bc")]  # the second prompt is not known: decoded
+    assert scores.tolist() == [2.0, 0.0] and scores.dtype == torch.float32
+    assert decode_response(ROLLOUT, 0, LetterCodec()) == "aa"
+
+
+def test_wrong_number_of_scores_is_an_error_that_names_the_function() -> None:
+    def too_few(prompts: list[str], completions: list[str]) -> list[float]:
+        return [1.0]
+
+    with pytest.raises(DataError, match="too_few: expected 2 scores.*got 1"):
+        FunctionScorer(too_few, LetterCodec())(ROLLOUT)
+
+
+def test_a_score_that_is_no_number_names_the_sample() -> None:
+    scorer = FunctionScorer(lambda p, c: [1.0, None], LetterCodec())  # type: ignore[list-item]
+    with pytest.raises(DataError, match=r"number for response 1, got None; prompt 'c'.*'bc'"):
+        scorer(ROLLOUT)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_score_that_is_not_finite_names_the_sample(value: float) -> None:
+    with pytest.raises(NumericsError, match=r"finite score for response 1.*prompt 'c'.*'bc'"):
+        FunctionScorer(lambda p, c: [1.0, value], LetterCodec())(ROLLOUT)
+
+
+def test_an_exception_of_the_function_keeps_its_type_and_gets_a_note() -> None:
+    def broken(prompts: list[str], completions: list[str]) -> list[float]:
+        raise KeyError("no such key")
+
+    with pytest.raises(KeyError) as caught:
+        FunctionScorer(broken, LetterCodec())(ROLLOUT)
+    (note,) = caught.value.__notes__
+    assert "reward function broken" in note and "2 responses" in note and "'aa'" in note
+
+
+def test_clip_comes_first_and_the_penalty_replaces_the_score() -> None:
+    scores = torch.tensor([3.0, -3.0, 0.5, 5.0])
+    reasons = ("stop", "stop", "stop", "length")
+    assert adjust_scores(scores, reasons).tolist() == [3.0, -3.0, 0.5, 5.0]
+    assert adjust_scores(scores, reasons, clip=2.0).tolist() == [2.0, -2.0, 0.5, 2.0]
+    assert adjust_scores(scores, reasons, missing_eos_penalty=-4.0).tolist() == [3.0, -3.0, 0.5,
+                                                                                -4.0]
+    assert adjust_scores(scores, reasons, clip=1.0, missing_eos_penalty=-4.0).tolist() == [
+        1.0, -1.0, 0.5, -4.0]
+    with pytest.raises(ShapeError, match="one per finish reason"):
+        adjust_scores(scores, ("stop",))
+
+
+def test_reward_model_scorer_is_the_frozen_models_last_value() -> None:
+    config = DecoderConfig(family="llama", vocab_size=11, hidden_size=16, num_layers=1, num_heads=2,
+                           num_kv_heads=1, head_dim=8, rotary_dim=8, intermediate_size=24,
+                           max_positions=32)
+    model = scalar_from_causal(new_decoder(config, seed=0), seed=1)
+    model.train()
+    scorer = RewardModelScorer(model, max_tokens=5)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    scores = scorer(ROLLOUT)
+    torch.testing.assert_close(scores, response_scores(model, ROLLOUT, 8192))
+    assert scores.shape == (2,) and scores.dtype == torch.float32

@@ -1,0 +1,275 @@
+"""What must hold for every PPO run: ratio 1, KL 0, the known optimum, equal reruns."""
+
+import copy
+import json
+import logging
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastrl.config import PPOConfig, SamplingConfig
+from fastrl.engine import Engine
+from fastrl.errors import NumericsError
+from fastrl.glossary import GLOSSARY
+from fastrl.metrics import RunFolder
+from fastrl.models.scoring import response_logprobs
+from fastrl.trainers.ppo_update import backward_critic, backward_policy
+from fastrl.types import Prompt, Rollout
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ppo": {},
+    "ptx": {"ptx_coef": 0.5, "ptx_ratio": 2.0},
+    "several samples": {"num_samples_per_prompt": 4},
+    "temperature": {"sampling": SamplingConfig(max_new_tokens=5, temperature=0.7)},
+    "raw log-probs": {"sampling": SamplingConfig(max_new_tokens=5, top_k=3, temperature=0.7,
+                                                 logprobs="raw")},
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ratio_is_1_and_kl_is_0_at_the_start(
+    task: SimpleNamespace, variant: str, architecture: str
+) -> None:
+    trainer = task.make_trainer(task.tiny_model(architecture), inputs={"ptx": task.PTX},
+                                learning_rate=1e-2, **VARIANTS[variant])
+    metrics = trainer.step()
+    assert abs(metrics["kl/policy_ref"]) < 1e-4
+    assert metrics["kl/policy_ref_k3"] < 1e-4
+    for _ in range(2):  # the engine must sample from the weights that the update left
+        assert abs(metrics["ratio/first_minibatch_mean"] - 1) < 1e-4
+        assert metrics["ratio/first_minibatch_max_error"] < 1e-4
+        assert metrics["logprob/gap_max"] < 1e-4
+        assert metrics["logprob/num_recomputed"] == 0
+        metrics = trainer.step()
+    assert abs(metrics["kl/policy_ref"]) > 1e-3  # the policy did move
+
+
+def test_one_token_task_reaches_the_known_optimum(task: SimpleNamespace) -> None:
+    """pi*(y) = pi_ref(y) exp(r(y) / beta) / Z, here with beta 0.5 and scores from -1 to 1."""
+    policy, beta = task.tiny_model(vocab_size=9), 0.5
+    scores = torch.linspace(-1, 1, 9)[torch.tensor([3, 7, 1, 0, 5, 8, 2, 6, 4])]
+    prompt = Prompt((2, 3, 4), "")
+    trainer = task.make_trainer(
+        policy, prompts=[prompt], scorer=lambda rollout: scores[rollout.response_ids[:, 0]],
+        sampling=SamplingConfig(max_new_tokens=1), num_iterations=60, rollout_batch_size=256,
+        minibatch_size=64, num_inner_epochs=2, learning_rate=1e-2, critic_learning_rate=3e-2,
+        lr_schedule="linear", min_lr_ratio=0.0, kl_coef=beta, value_clip_range=None,
+        whiten_advantages=False)
+    start = next_token_probabilities(trainer, prompt)
+    optimum = start * (scores / beta).exp()
+    optimum /= optimum.sum()
+    assert total_variation(start, optimum) > 0.3
+    trainer.train()
+    assert total_variation(next_token_probabilities(trainer, prompt), optimum) < 0.05
+
+
+def next_token_probabilities(trainer: Any, prompt: Prompt) -> torch.Tensor:
+    """[V], the policy's distribution after the prompt, by the scoring forward."""
+    vocab_size, length = trainer.policy.spec.vocab_size, len(prompt.token_ids)
+    rollout = Rollout(
+        token_ids=torch.tensor([[*prompt.token_ids, t] for t in range(vocab_size)]).flatten(),
+        cu_seqlens=torch.arange(vocab_size + 1) * (length + 1),
+        prompt_lens=torch.full((vocab_size,), length),
+        response_ids=torch.arange(vocab_size)[:, None],
+        response_mask=torch.ones(vocab_size, 1, dtype=torch.bool),
+        rollout_logprobs=torch.zeros(vocab_size, 1), entropy=torch.zeros(vocab_size, 1),
+        finish_reasons=("length",) * vocab_size)
+    logprobs, _ = response_logprobs(trainer.policy, rollout, 1.0, 8192)
+    return logprobs[:, 0].exp()
+
+
+def total_variation(p: torch.Tensor, q: torch.Tensor) -> float:
+    return 0.5 * float((p - q).abs().sum())
+
+
+def test_a_mismatch_between_engine_and_update_is_caught(
+    task: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An engine with slightly other weights stands for any bug of the cached forward."""
+    trainer = task.make_trainer(minibatch_size=8)
+    other = copy.deepcopy(trainer.policy)
+    with torch.no_grad():
+        next(other.backbone.parameters()).add_(0.05)
+    trainer.engine = Engine(other, trainer.config.engine)
+    with caplog.at_level(logging.WARNING, logger="fastrl"):
+        metrics = trainer.step()
+    assert metrics["logprob/gap_max"] > 1e-3
+    assert metrics["logprob/num_recomputed"] == 1
+    assert "ratios would not start at 1" in caplog.text and "Usual causes" in caplog.text
+    # The update starts from the recomputed log-probs; the ratio to the engine's is shown as it is.
+    assert metrics["kl/approx"] < 1e-8 and metrics["clip/fraction"] == 0
+    assert metrics["ratio/first_minibatch_max_error"] > 1e-3
+
+
+def test_checks_of_log_probs_can_be_loosened_and_left_out(task: SimpleNamespace) -> None:
+    def trainer_with_other_engine(**settings: Any) -> Any:
+        trainer = task.make_trainer(**settings)
+        other = copy.deepcopy(trainer.policy)
+        with torch.no_grad():
+            next(other.backbone.parameters()).add_(0.05)
+        trainer.engine = Engine(other, trainer.config.engine)
+        return trainer
+
+    loose = trainer_with_other_engine(logprob_tolerance=100.0).step()
+    assert loose["logprob/gap_max"] > 1e-3 and loose["logprob/num_recomputed"] == 0
+    assert "logprob/gap_max" not in trainer_with_other_engine(num_logprob_checks=0).step()
+
+
+@pytest.mark.parametrize("settings", [{}, {"ptx_coef": 0.5, "ptx_ratio": 2.0,
+                                           "entropy_coef": 0.1, "num_inner_epochs": 2}])
+def test_microbatches_do_not_change_an_iteration(
+    task: SimpleNamespace, settings: dict[str, Any]
+) -> None:
+    def weights_after_a_step(max_tokens: int) -> list[torch.Tensor]:
+        trainer = task.make_trainer(inputs={"ptx": task.PTX}, max_tokens_per_microbatch=max_tokens,
+                                    **settings)
+        trainer.step()
+        return [*task.weights_of(trainer.policy), *task.weights_of(trainer.critic)]
+
+    whole = weights_after_a_step(8192)
+    for max_tokens in (1, 17):
+        for a, b in zip(whole, weights_after_a_step(max_tokens), strict=True):
+            assert float((a - b).norm()) <= 1e-5 * float(a.norm()) + 1e-9
+
+
+def test_microbatches_do_not_change_gradients_in_float64(task: SimpleNamespace) -> None:
+    trainer = task.make_trainer(entropy_coef=0.1)
+    batch = task.catch_batch(trainer)
+    policy, critic = trainer.policy.double(), trainer.critic.double()
+    with torch.no_grad():  # away from the sampling weights, so that ratios and clips are in play
+        for p in [*policy.parameters(), *critic.parameters()]:
+            p.add_(0.02 * torch.randn_like(p))
+
+    def gradients(max_tokens: int) -> list[torch.Tensor]:
+        config = PPOConfig(**{**vars_of(trainer.config), "max_tokens_per_microbatch": max_tokens})
+        policy.zero_grad()
+        critic.zero_grad()
+        backward_policy(policy, batch, [5, 2, 7, 0], config)
+        backward_critic(critic, batch, [5, 2, 7, 0], config)
+        return [p.grad.clone() for p in [*policy.parameters(), *critic.parameters()]]
+
+    whole = gradients(8192)
+    for max_tokens in (1, 17):
+        for a, b in zip(whole, gradients(max_tokens), strict=True):
+            assert float((a - b).abs().max()) <= 1e-10 * max(1.0, float(a.abs().max()))
+
+
+def vars_of(config: PPOConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def test_equal_seeds_give_equal_runs(task: SimpleNamespace) -> None:
+    def run(seed: int) -> tuple[list[torch.Tensor], list[dict[str, float]]]:
+        trainer = task.make_trainer(inputs={"ptx": task.PTX}, seed=seed, ptx_coef=0.5)
+        history = [trainer.step() for _ in range(3)]
+        values = [{k: v for k, v in metrics.items() if not k.startswith(("time/", "throughput/"))}
+                  for metrics in history]
+        return task.weights_of(trainer.policy) + task.weights_of(trainer.critic), values
+
+    first, second, other = run(3), run(3), run(4)
+    assert task.equal(first[0], second[0]) and first[1] == second[1]
+    assert not task.equal(first[0], other[0])
+
+
+def test_rollouts_of_iterations_differ(task: SimpleNamespace) -> None:
+    """With learning rates of next to nothing only the sampling seed tells iterations apart."""
+    trainer = task.make_trainer(prompts=task.PROMPTS[:1], learning_rate=1e-30,
+                                critic_learning_rate=1e-30)
+    caught = []
+    generate = trainer.engine.generate
+    trainer.engine.generate = lambda *a, **k: caught.append(generate(*a, **k)) or caught[-1]
+    trainer.step()
+    trainer.step()
+    assert caught[0].response_ids.tolist() != caught[1].response_ids.tolist()
+
+
+def test_prompts_are_drawn_once_per_pass(task: SimpleNamespace) -> None:
+    trainer = task.make_trainer(rollout_batch_size=4, minibatch_size=4)
+    seen: list[tuple[int, ...]] = []
+    generate = trainer.engine.generate
+    trainer.engine.generate = lambda prompts, *a, **k: (
+        seen.extend(map(tuple, prompts)) or generate(prompts, *a, **k))
+    for _ in range(3):
+        trainer.step()
+    everything = sorted(p.token_ids for p in task.PROMPTS)
+    assert sorted(seen[:6]) == everything and sorted(seen[6:]) == everything
+    assert seen[:6] != seen[6:]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_score_stops_before_it_reaches_the_weights(task: SimpleNamespace, bad: float) -> None:
+    def scorer(rollout: Rollout) -> torch.Tensor:
+        scores = task.score_even(rollout)
+        scores[3] = bad
+        return scores
+
+    trainer = task.make_trainer(scorer=scorer)
+    before = task.weights_of(trainer.policy)
+    with pytest.raises(NumericsError, match=r"iteration 0: expected finite scores.*response 3 \(1 "
+                                            r"of 8"):
+        trainer.step()
+    assert task.equal(before, task.weights_of(trainer.policy))
+
+
+def test_a_bad_critic_is_named(task: SimpleNamespace) -> None:
+    trainer = task.make_trainer()
+    with torch.no_grad():
+        trainer.critic.head.weight.fill_(float("nan"))
+    with pytest.raises(NumericsError, match="finite values, got NaN or infinity in response 0"):
+        trainer.step()
+
+
+def test_a_bad_gradient_stops_before_the_step(task: SimpleNamespace) -> None:
+    trainer = task.make_trainer(value_coef=1e38, critic_max_grad_norm=None)
+    before = task.weights_of(trainer.critic)
+    with pytest.raises(NumericsError, match=r"iteration 0: expected a finite (loss/value|grad/"
+                                            r"critic_norm).*minibatch of responses \[\d"):
+        trainer.step()
+    assert task.equal(before, task.weights_of(trainer.critic))
+
+
+def test_equal_scores_are_harmless(task: SimpleNamespace) -> None:
+    trainer = task.make_trainer(scorer=lambda rollout: torch.zeros(rollout.batch_size))
+    metrics = trainer.step()
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["reward/score_std"] == 0 and "kl/coef_per_score_std" not in metrics
+
+
+def test_run_folder_gets_metrics_and_samples(task: SimpleNamespace, tmp_path: Path) -> None:
+    settings = {"eval_steps": 2, "logging_steps": 2, "num_iterations": 3}
+    config = PPOConfig(**{**vars_of(task.make_trainer().config), **settings})
+    run = RunFolder(tmp_path / "run", config, stage="ppo")
+    trainer = task.make_trainer(
+        inputs={"run": run, "eval_prompts": task.PROMPTS, "ptx": task.PTX,
+                "eval_ptx": task.PTX}, ptx_coef=0.1, **settings)
+    seen = []
+    trainer.train(SimpleNamespace(update=lambda step, metrics: seen.append(step)))
+    run.finish()
+    rows, timing, samples = (
+        [json.loads(line) for line in (tmp_path / "run" / name).read_text().splitlines()]
+        for name in ("metrics.jsonl", "timing.jsonl", "samples.jsonl"))
+    assert seen == [1, 2, 3]
+    assert [row["step"] for row in rows] == [0, 2, 3]
+    assert "eval/objective" in rows[0] and "loss/policy" not in rows[0]
+    assert {"time/rollout_s", "time/scoring_s", "time/update_s", "time/eval_s", "time/step_s",
+            "throughput/tokens_per_s"} <= timing[0].keys()
+    names = {name for row in [*rows, *timing] for name in row} - {"step"}
+    assert names <= GLOSSARY.keys()
+    assert EXPECTED_METRICS <= names
+    assert [s["step"] for s in samples] == [0] * 4 + [2] * 4 + [3] * 4
+    assert [s["prompt"] for s in samples[:4]] == [s["prompt"] for s in samples[8:]]
+    assert all(s["response"] and "score" in s for s in samples)
+
+
+EXPECTED_METRICS = {
+    "reward/score_mean", "reward/score_std", "kl/policy_ref", "kl/policy_ref_k3", "entropy/mean",
+    "kl/coef", "kl/coef_per_score_std", "clip/fraction", "clip/value_fraction", "kl/approx",
+    "value/explained_variance", "response/length_mean", "response/eos_rate", "loss/ptx",
+    "eval/ptx_loss", "grad/policy_norm", "grad/critic_norm", "lr/policy", "lr/critic", "value/mean",
+    "value/return_mean", "advantage/std", "ratio/first_minibatch_mean", "logprob/gap_max",
+}
