@@ -39,6 +39,7 @@ class Scheduler:
         self._cache = cache
         self._config = config
         self._computed: list[SharedPrompt] = []
+        self._growth = 0  # pages that running requests may still ask for
         # Requests by the remainder of the decode steps at which they need a page, oldest first.
         self._boundaries: list[dict[Request, None]] = [{} for _ in range(cache.page_size)]
 
@@ -60,13 +61,14 @@ class Scheduler:
         return admission
 
     def _fits(self, request: Request) -> bool:
-        """True when its pages are free, and one step's demand of those that run."""
+        """True when its pages are free, and what those that run may ask for in one step."""
         page_size = self._cache.page_size
         prompt_pages = pages_for(len(request.prompt.token_ids), page_size)
         needed = pages_for(request.tokens_to_start, page_size)
         if request.prompt.pages:
             needed -= prompt_pages
-        return self._cache.num_free >= needed + pages_for(len(self.running), page_size)
+        reserve = min(self._growth, pages_for(len(self.running), page_size))
+        return self._cache.num_free >= needed + reserve
 
     def _start(self, request: Request, admission: Admission, step: int) -> None:
         prompt, cache = request.prompt, self._cache
@@ -87,6 +89,7 @@ class Scheduler:
         else:  # the last sample, or the last page: it takes the prompt's own pages
             request.pages, prompt.pages = prompt.pages, []
             self._computed.remove(prompt)
+        self._growth += self._missing(request)
         request.row, request.started = len(self.running), step
         self.running.append(request)
         request.boundary = (step - num_tokens) % cache.page_size
@@ -108,6 +111,7 @@ class Scheduler:
                     self._preempt(self.running[-1], step)
             if request.row >= 0:
                 request.pages += self._cache.allocate(1)
+                self._growth -= 1
                 grown.append((request.row, len(request.pages) - 1, request.pages[-1]))
         return grown
 
@@ -129,7 +133,12 @@ class Scheduler:
                 if not request.prompt.num_waiting and request.prompt.pages:
                     self._drop(request.prompt)
 
+    def _missing(self, request: Request) -> int:
+        """Pages that it may still ask for."""
+        return pages_for(request.max_cached_tokens, self._cache.page_size) - len(request.pages)
+
     def _stop(self, request: Request) -> None:
+        self._growth -= self._missing(request)
         self._cache.release(request.pages)
         self.running.remove(request)
         del self._boundaries[request.boundary][request]
@@ -163,3 +172,4 @@ class Scheduler:
         self._cache.check([request.pages for request in self.running]
                           + [prompt.pages for prompt in self._computed])
         assert all(not request.pages for request in self.waiting)
+        assert self._growth == sum(map(self._missing, self.running)) >= 0
