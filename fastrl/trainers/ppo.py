@@ -111,8 +111,8 @@ class PPOTrainer:
         check_settings(config, policy, ptx)
         self.prompts = fit_prompts(prompts, config, models, "prompts")
         self.num_dropped_prompts = len(prompts) - len(self.prompts)
-        self.eval_prompts = fit_prompts(eval_prompts, config, models, "eval_prompts"
-                                        )[:config.num_eval_prompts] if eval_prompts else []
+        held_out = fit_prompts(eval_prompts, config, models, "eval_prompts") if eval_prompts else []
+        self.eval_prompts = held_out[:config.num_eval_prompts]
         self.config, self.scorer, self.ptx, self.eval_ptx = config, scorer, ptx, eval_ptx
         self.run, self.encoder = run, encoder
         self.policy, self.critic = policy.eval(), critic.eval()
@@ -353,8 +353,7 @@ class PPOTrainer:
             ref_logprobs, raw_scores = self._ref_logprobs(rollout), self.scorer(rollout)
             check_rollout_finite(self.iteration, rollout, scores=raw_scores,
                                  ref_logprobs=ref_logprobs)
-            metrics = eval_metrics(rollout, ref_logprobs, raw_scores, config,
-                                   self.kl_controller.kl_coef)
+            metrics = eval_metrics(rollout, ref_logprobs, raw_scores, config)
             if self.eval_ptx:
                 metrics["eval/ptx_loss"] = evaluate_token_loss(
                     self.policy, self.eval_ptx, config.max_tokens_per_microbatch)

@@ -14,20 +14,25 @@ from fastrl.types import Prompt, Rollout, TokenExample
 
 logger = logging.getLogger("fastrl")
 
+MAX_PADDING_ROWS = 512
+"""Embedding rows that models of one tokenizer may differ by: sizes are often rounded up."""
+
 
 def check_models(models: Mapping[str, CausalLM | ScalarModel]) -> None:
     """Refuse models that read other tokens than the policy, or share weights that are trained.
 
     Args:
-        models: By name; "policy" and "critic" are the trained ones.
+        models: By name: "policy", "reference", "critic", perhaps more scalar models.
     Raises:
-        ModelError: when vocabularies differ in size.
+        ModelError: when the vocabularies cannot belong to one tokenizer. Critic and reward model
+            may have up to 512 more embedding rows than the policy.
         ConfigError: when a model holds a tensor that belongs to the policy or the critic.
     """
     vocab_size = models["policy"].spec.vocab_size
     trained = {id(p): name for name in ("policy", "critic") for p in models[name].parameters()}
     for name, model in models.items():
-        if model.spec.vocab_size != vocab_size:
+        spare_rows = 0 if name == "reference" else MAX_PADDING_ROWS
+        if not 0 <= model.spec.vocab_size - vocab_size <= spare_rows:
             raise ModelError(
                 f"PPO: expected {name} and policy to read the same tokens, got vocabularies of "
                 f"{model.spec.vocab_size} and {vocab_size}; use models of one tokenizer"

@@ -240,17 +240,16 @@ def batch_metrics(batch: PPOBatch) -> dict[str, float]:
 
 
 def eval_metrics(
-    rollout: Rollout,
-    ref_logprobs: Tensor,
-    raw_scores: Tensor,
-    config: PPOConfig,
-    kl_coef: float,
+    rollout: Rollout, ref_logprobs: Tensor, raw_scores: Tensor, config: PPOConfig
 ) -> dict[str, float]:
-    """Held-out metrics; `eval/objective` = mean score as PPO uses it - beta * KL."""
+    """Held-out metrics; `eval/objective` is the mean score as PPO uses it - beta * KL.
+
+    beta is that of the config also when a controller moves it, so that evaluations compare.
+    """
     metrics = response_metrics(rollout, rollout.rollout_logprobs, ref_logprobs, raw_scores)
     scores = adjust_scores(raw_scores, rollout.finish_reasons, clip=config.reward_clip,
                            missing_eos_penalty=config.missing_eos_penalty)
-    objective = float(scores.mean()) - kl_coef * metrics["kl/policy_ref"]
+    objective = float(scores.mean()) - config.kl_coef * metrics["kl/policy_ref"]
     return {"eval/objective": objective,
             **{f"eval/{name.replace('/', '_')}": value for name, value in metrics.items()}}
 

@@ -1,9 +1,11 @@
 """What must hold for every PPO run: ratio 1, KL 0, the known optimum, equal reruns."""
 
 import copy
+import dataclasses
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,8 @@ from fastrl.engine import Engine
 from fastrl.errors import NumericsError
 from fastrl.glossary import GLOSSARY
 from fastrl.metrics import RunFolder
+from fastrl.models.causal_lm import CausalLM
+from fastrl.models.decoder import new_decoder
 from fastrl.models.scoring import response_logprobs
 from fastrl.trainers.ppo_update import backward_critic, backward_policy
 from fastrl.types import Prompt, Rollout
@@ -87,15 +91,28 @@ def total_variation(p: torch.Tensor, q: torch.Tensor) -> float:
     return 0.5 * float((p - q).abs().sum())
 
 
-def test_a_mismatch_between_engine_and_update_is_caught(
-    task: SimpleNamespace, caplog: pytest.LogCaptureFixture
-) -> None:
-    """An engine with slightly other weights stands for any bug of the cached forward."""
-    trainer = task.make_trainer(minibatch_size=8)
-    other = copy.deepcopy(trainer.policy)
+def shifted_weights(policy: CausalLM) -> CausalLM:
+    """A copy with slightly other weights: what an engine that missed an update would use."""
+    other = copy.deepcopy(policy)
     with torch.no_grad():
         next(other.backbone.parameters()).add_(0.05)
-    trainer.engine = Engine(other, trainer.config.engine)
+    return other
+
+
+def other_rotary_base(policy: CausalLM) -> CausalLM:
+    """A copy with another rotary base: what a wrong cached forward would compute."""
+    other = new_decoder(dataclasses.replace(policy.backbone.config, rotary_base=100.0), seed=0)
+    other.load_state_dict(policy.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("change", [shifted_weights, other_rotary_base])
+def test_a_mismatch_between_engine_and_update_is_caught(
+    task: SimpleNamespace, caplog: pytest.LogCaptureFixture,
+    change: Callable[[CausalLM], CausalLM],
+) -> None:
+    trainer = task.make_trainer(minibatch_size=8)
+    trainer.engine = Engine(change(trainer.policy), trainer.config.engine)
     with caplog.at_level(logging.WARNING, logger="fastrl"):
         metrics = trainer.step()
     assert metrics["logprob/gap_max"] > 1e-3
@@ -107,17 +124,14 @@ def test_a_mismatch_between_engine_and_update_is_caught(
 
 
 def test_checks_of_log_probs_can_be_loosened_and_left_out(task: SimpleNamespace) -> None:
-    def trainer_with_other_engine(**settings: Any) -> Any:
+    def metrics_with_other_engine(**settings: Any) -> dict[str, float]:
         trainer = task.make_trainer(**settings)
-        other = copy.deepcopy(trainer.policy)
-        with torch.no_grad():
-            next(other.backbone.parameters()).add_(0.05)
-        trainer.engine = Engine(other, trainer.config.engine)
-        return trainer
+        trainer.engine = Engine(shifted_weights(trainer.policy), trainer.config.engine)
+        return trainer.step()
 
-    loose = trainer_with_other_engine(logprob_tolerance=100.0).step()
+    loose = metrics_with_other_engine(logprob_tolerance=100.0)
     assert loose["logprob/gap_max"] > 1e-3 and loose["logprob/num_recomputed"] == 0
-    assert "logprob/gap_max" not in trainer_with_other_engine(num_logprob_checks=0).step()
+    assert "logprob/gap_max" not in metrics_with_other_engine(num_logprob_checks=0)
 
 
 @pytest.mark.parametrize("settings", [{}, {"ptx_coef": 0.5, "ptx_ratio": 2.0,

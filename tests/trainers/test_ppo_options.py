@@ -269,8 +269,19 @@ def test_evaluations_are_comparable_and_of_the_size_asked_for(task: SimpleNamesp
     assert sizes == [4, 8, 4, 8, 4]
     for name in ("eval/reward_score_mean", "eval/response_length_mean"):
         assert first[name] == second[name]  # same prompts, same random numbers, same weights
-    assert first["eval/objective"] == pytest.approx(
-        first["eval/reward_score_mean"] - 0.02 * first["eval/kl_policy_ref"])
+
+
+def test_objective_is_the_used_score_minus_the_configs_beta_times_kl(task: SimpleNamespace) -> None:
+    trainer = task.make_trainer(
+        eval_steps=1, kl_coef=0.3, kl_controller="adaptive", kl_horizon=8.0, learning_rate=1e-2,
+        scorer=lambda r: torch.full((r.batch_size,), 5.0), reward_clip=2.0,
+        missing_eos_penalty=-1.0, inputs={"eval_prompts": task.PROMPTS})
+    trainer.step()
+    metrics = trainer.step()
+    assert metrics["kl/coef"] < 0.3 and abs(metrics["eval/kl_policy_ref"]) > 1e-4
+    used = 2.0 * metrics["eval/response_eos_rate"] - (1 - metrics["eval/response_eos_rate"])
+    assert metrics["eval/objective"] == pytest.approx(
+        used - 0.3 * metrics["eval/kl_policy_ref"], abs=1e-5)
 
 
 def test_ptx_adds_its_gradient_to_the_same_step(task: SimpleNamespace) -> None:
@@ -409,11 +420,13 @@ def test_prompt_and_response_must_fit_the_positions(task: SimpleNamespace) -> No
 def test_models_must_read_the_same_tokens(task: SimpleNamespace) -> None:
     with pytest.raises(ModelError, match="reference and policy.*14 and 13"):
         task.make_trainer(reference=task.tiny_model(vocab_size=14))
-    with pytest.raises(ModelError, match="critic and policy.*14 and 13"):
-        task.make_trainer(critic=task.tiny_critic(task.tiny_model(vocab_size=14)))
-    scorer = RewardModelScorer(task.tiny_critic(task.tiny_model(vocab_size=14)))
-    with pytest.raises(ModelError, match="reward model and policy.*14 and 13"):
-        task.make_trainer(scorer=scorer)
+    for size in (12, 13 + 513):
+        other = task.tiny_critic(task.tiny_model(vocab_size=size))
+        with pytest.raises(ModelError, match=f"critic and policy.*{size} and 13"):
+            task.make_trainer(critic=other)
+        with pytest.raises(ModelError, match=f"reward model and policy.*{size} and 13"):
+            task.make_trainer(scorer=RewardModelScorer(other))
+    task.make_trainer(critic=task.tiny_critic(task.tiny_model(vocab_size=16)))  # rounded up
     with pytest.raises(DataError, match=r"prompt 0 .*vocabulary size 13, got \[2, 99\]"):
         task.make_trainer(prompts=[Prompt((2, 99), "")])
 
