@@ -6,15 +6,17 @@ sigmoid(d / scale). Agreement and the best accuracy anybody can reach on such la
 limit) therefore follow from the gold scores without sampling.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastrl.demo import world
 from fastrl.errors import ConfigError, DataError, ShapeError
 from fastrl.lexicon import score_lexicon
-from fastrl.types import Prompt
+from fastrl.rewards import TextDecoder, decode_response
+from fastrl.types import Prompt, Rollout
 from fastrl.yaml_file import unknown_key
 
 
@@ -39,7 +41,12 @@ def _lexicon(response: Response) -> float:
     return score_lexicon(response.text, response.max_new_tokens)
 
 
-LABELERS: dict[str, GoldScore] = {"lexicon": _lexicon}
+def _world(response: Response) -> float:
+    """Right and polite answers win: see `fastrl.demo.world`."""
+    return world.gold_score(response.prompt.text, response.text, response.has_stopped)
+
+
+LABELERS: dict[str, GoldScore] = {"lexicon": _lexicon, "world": _world}
 """Gold scores by the name that recipes use."""
 
 
@@ -52,6 +59,25 @@ def find_labeler(name: str) -> GoldScore:
     if name not in LABELERS:
         raise ConfigError(unknown_key(name, LABELERS, "labeler"))
     return LABELERS[name]
+
+
+def score_responses(gold: GoldScore, rollout: Rollout, prompts: Sequence[Prompt],
+                    decoder: TextDecoder, max_new_tokens: int) -> Tensor:
+    """Return the gold score [B] float64 of every response of a rollout.
+
+    Args:
+        gold: The score.
+        rollout: Responses, `num_samples_per_prompt` for each prompt.
+        prompts: The prompts in the order of the request.
+        decoder: Turns responses into text.
+        max_new_tokens: Tokens that each response was allowed to have.
+    """
+    group = rollout.num_samples_per_prompt
+    return torch.tensor([
+        gold(Response(prompt=prompts[index // group],
+                      text=decode_response(rollout, index, decoder),
+                      has_stopped=reason == "stop", max_new_tokens=max_new_tokens))
+        for index, reason in enumerate(rollout.finish_reasons)], dtype=torch.float64)
 
 
 def pair_agreement(gold: Tensor, noise_scale: float, *, count_ties: bool) -> float:

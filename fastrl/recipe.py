@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastrl.data.rows import DATASETS_PREFIX
 from fastrl.errors import ConfigError
 from fastrl.parsing import parse_config
 from fastrl.runs import PATH_FIELDS, RUN_TYPES, StageRun
@@ -40,8 +41,8 @@ class Stage:
 
     @property
     def references(self) -> list[str]:
-        """Every path among the settings, as the recipe names it, each once."""
-        return list(dict.fromkeys(reference for _, reference in path_settings(self.config)))
+        """Every local path among the settings, as the recipe names it, each once."""
+        return list(dict.fromkeys(reference for _, reference in local_paths(self.config)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +88,16 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, short: bool 
     return Recipe(name=name, seed=seed, stages=stages, where=where)
 
 
-def path_settings(config: StageRun) -> Iterator[tuple[str, str]]:
-    """(field, path) of every path among the settings of a stage."""
+def local_paths(config: StageRun) -> Iterator[tuple[str, str]]:
+    """(field, path) of every local file or folder that the settings of a stage name."""
     for name in PATH_FIELDS:
         value = getattr(config, name, None)
-        if isinstance(value, str):
-            yield name, value
-        elif value is not None:
-            paths = value.values() if isinstance(value, Mapping) else value
-            yield from ((name, path) for path in paths)
+        if value is None:
+            continue
+        paths = [value] if isinstance(value, str) else value
+        for path in paths.values() if isinstance(paths, Mapping) else paths:
+            if not path.startswith(DATASETS_PREFIX):
+                yield name, path
 
 
 def resolve_path(reference: str, output_dir: Path, data_root: Path) -> Path:
@@ -110,7 +112,8 @@ def resolve_stage(stage: Stage, output_dir: Path, data_root: Path) -> StageRun:
     """The settings of a stage with every path, and its own folder, as they are on this disk."""
     def resolved(value: Any) -> Any:
         if isinstance(value, str):
-            return str(resolve_path(value, output_dir, data_root))
+            is_local = not value.startswith(DATASETS_PREFIX)
+            return str(resolve_path(value, output_dir, data_root)) if is_local else value
         if isinstance(value, Mapping):
             return {key: resolved(item) for key, item in value.items()}
         return None if value is None else tuple(resolved(item) for item in value)
@@ -192,7 +195,7 @@ def _check_references(stages: Sequence[Stage], where: str) -> None:
     """Raise ConfigError for an `@stage` that is not an earlier stage."""
     earlier: list[str] = []
     for stage in stages:
-        for field, reference in path_settings(stage.config):
+        for field, reference in local_paths(stage.config):
             name = reference[1:].partition("/")[0]
             if reference.startswith("@") and name not in earlier:
                 raise ConfigError(unknown_key(

@@ -239,8 +239,7 @@ class RewardRun(RewardConfig):
     eval_fraction: float = 0.0
     """Share of the prompts of `data` held out; split by prompt, never by row."""
     demonstrations: tuple[str, ...] = ()
-    """Demonstrations whose mean reward is shifted to 0; none: the best completion of each
-    training ranking stands in for a demonstration."""
+    """Demonstrations whose mean reward is shifted to 0; none: the training completions."""
 
     def __post_init__(self) -> None:
         RewardConfig.__post_init__(self)
@@ -378,8 +377,8 @@ class EvaluateRun:
             check(name in self.models, "models", f"an entry for {name!r}", names)
 
 
-StageRun = PretrainRun | SFTRun | PromptsRun | RankRun | RewardRun | SelectRun | PPORun \
-    | EvaluateRun
+StageRun = (PretrainRun | SFTRun | PromptsRun | RankRun | RewardRun | SelectRun | PPORun
+            | EvaluateRun)
 
 RUN_TYPES: dict[str, type[StageRun]] = {
     "pretrain": PretrainRun,

@@ -1,0 +1,160 @@
+"""The stages of a recipe in order: checked first, skipped when nothing changed, traceable later.
+
+A stage's folder is `<output_dir>/<stage name>`. Nothing is ever deleted: a folder that is in the
+way is renamed to `<stage name>.interrupted-1` (a run that did not end) or `.old-1` (asked for with
+`from_stage`), counting up.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastrl.config import to_dict
+from fastrl.console import Console
+from fastrl.errors import ConfigError, DataError
+from fastrl.lineage import lineage_changes, make_lineage
+from fastrl.metrics import write_atomic
+from fastrl.recipe import Recipe, Stage, load_recipe, local_paths, resolve_path, resolve_stage
+from fastrl.report import write_report
+from fastrl.stages import run_stage
+from fastrl.stages.check import check_names, check_path
+from fastrl.yaml_file import unknown_key
+
+__all__ = ["run_recipe", "run_stage"]
+
+
+def run_recipe(
+    recipe: Path | str,
+    *,
+    data_root: Path | str,
+    output_dir: Path | str,
+    overrides: Sequence[str] = (),
+    short: bool = False,
+    from_stage: str | None = None,
+    console: Console,
+) -> Path:
+    """Run the stages of a recipe that are not finished yet, then write the report.
+
+    Everything that can be wrong is looked for before the first stage starts: settings, files that
+    should be there, rows of data files, and finished stages that no longer fit the recipe.
+
+    Args:
+        recipe: YAML file, see fastrl.recipe.
+        data_root: Folder in which the recipe's relative paths are looked up.
+        output_dir: Folder of the run; one folder per stage, and `report.html`.
+        overrides: `stage.field=value`, applied last.
+        short: Run the recipe's short form.
+        from_stage: Run this stage and all later ones again; their folders are renamed.
+        console: Where headers, progress and tables are shown.
+    Returns:
+        The report.
+    Raises:
+        ConfigError: the recipe is wrong, or a finished stage does not fit it any more.
+        DataError: a file is missing, or a row of it is broken.
+    """
+    plan = load_recipe(recipe, overrides, short=short)
+    output_dir, data_root = Path(output_dir), Path(data_root)
+    _check_owner(plan, output_dir)
+    again = _stages_from(plan, from_stage)
+    _check_inputs(plan, output_dir, data_root)
+    for stage in plan.stages:
+        if stage not in again and _has_inputs(stage, output_dir, data_root):
+            _check_finished(stage, output_dir, data_root)
+    for stage in again:
+        _move_aside(output_dir / stage.name, "old")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_atomic(output_dir / "recipe.json", json.dumps({"name": plan.name}) + "\n")
+    for stage in plan.stages:
+        _run_or_skip(stage, output_dir, data_root, console)
+    return write_report(output_dir)
+
+
+def _run_or_skip(stage: Stage, output_dir: Path, data_root: Path, console: Console) -> None:
+    folder = output_dir / stage.name
+    if _check_finished(stage, output_dir, data_root):
+        console.stage(stage.name, "finished before; settings and inputs are unchanged, skipped")
+        return
+    if (folder / "run.json").exists():
+        moved = _move_aside(folder, "interrupted")
+        console.print(f"{stage.name}: an unfinished run was moved to {moved.name}")
+    run_stage(stage.kind, resolve_stage(stage, output_dir, data_root), console=console,
+              name=stage.name, lineage=_lineage(stage, output_dir, data_root))
+
+
+def _lineage(stage: Stage, output_dir: Path, data_root: Path) -> dict[str, Any]:
+    """The lineage that the stage has if it runs now."""
+    inputs = {reference: resolve_path(reference, output_dir, data_root)
+              for reference in stage.references}
+    return make_lineage(stage.kind, to_dict(stage.config), inputs)
+
+
+def _has_inputs(stage: Stage, output_dir: Path, data_root: Path) -> bool:
+    return all(resolve_path(reference, output_dir, data_root).exists()
+               for reference in stage.references)
+
+
+def _check_finished(stage: Stage, output_dir: Path, data_root: Path) -> bool:
+    """True when the stage is finished and unchanged; ConfigError when finished and changed."""
+    folder = output_dir / stage.name
+    if not (folder / "finished.json").exists():
+        return False
+    before: Mapping[str, Any] = json.loads((folder / "run.json").read_text("utf-8"))["lineage"]
+    changes = lineage_changes(before, _lineage(stage, output_dir, data_root))
+    if changes:
+        listed = "; ".join(changes[:8]) + ("; ..." if len(changes) > 8 else "")
+        raise ConfigError(
+            f"stage {stage.name!r} is finished in {folder}, but since then changed: {listed}. "
+            f"Choose another output_dir, or run it and all later stages again with "
+            f"--from_stage {stage.name} (their folders are renamed, nothing is deleted)")
+    return True
+
+
+def _check_inputs(plan: Recipe, output_dir: Path, data_root: Path) -> None:
+    """Raise for inputs that are not there or cannot be read; those of earlier stages come later."""
+    seen: set[tuple[str, str, str]] = set()
+    for stage in plan.stages:
+        check_names(stage.config)
+        for field, reference in local_paths(stage.config):
+            key = (stage.kind, field, reference)
+            if reference.startswith("@") or key in seen:
+                continue
+            seen.add(key)
+            path = resolve_path(reference, output_dir, data_root)
+            if not path.exists():
+                raise DataError(f"{plan.where}, stage {stage.name!r}: {field}: expected a file or "
+                                f"folder, found nothing at {path}; check the path and --data_root")
+            check_path(stage.kind, field, str(path))
+
+
+def _stages_from(plan: Recipe, from_stage: str | None) -> tuple[Stage, ...]:
+    """The stage of that name and all later ones; none when no name is given."""
+    names = [stage.name for stage in plan.stages]
+    if from_stage is None:
+        return ()
+    if from_stage not in names:
+        raise ConfigError(unknown_key(from_stage, names, f"{plan.where}: --from_stage"))
+    return plan.stages[names.index(from_stage):]
+
+
+def _check_owner(plan: Recipe, output_dir: Path) -> None:
+    """Raise ConfigError when the output folder holds something else than this recipe's run."""
+    record = output_dir / "recipe.json"
+    if record.exists():
+        name = json.loads(record.read_text("utf-8"))["name"]
+        if name != plan.name:
+            raise ConfigError(f"output_dir: {output_dir} holds a run of recipe {name!r}, expected "
+                              f"{plan.name!r}; choose another output_dir")
+    elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ConfigError(f"output_dir: expected a new or empty folder, or one of an earlier run "
+                          f"of this recipe, got {output_dir}; choose another output_dir")
+
+
+def _move_aside(folder: Path, why: str) -> Path:
+    """Rename a folder to the first free `<name>.<why>-N`; return the new path."""
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.{why}-{number}")).exists():
+        number += 1
+    if folder.exists():
+        folder.rename(target)
+    return target

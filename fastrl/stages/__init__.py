@@ -1,0 +1,64 @@
+"""The stages of a recipe: `run_stage(kind, config, console=...)` runs one of them."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastrl.config import to_dict
+from fastrl.console import Console
+from fastrl.errors import ConfigError
+from fastrl.lineage import make_lineage
+from fastrl.metrics import RunFolder
+from fastrl.recipe import local_paths
+from fastrl.runs import StageRun
+from fastrl.stages.evaluate import evaluate
+from fastrl.stages.sampling import prompts, rank
+from fastrl.stages.training import ppo, pretrain, reward, select, sft
+from fastrl.trainers.common import resolve_device
+from fastrl.yaml_file import unknown_key
+
+__all__ = ["run_stage"]
+
+_STAGES: dict[str, Callable[..., None]] = {
+    "pretrain": pretrain,
+    "sft": sft,
+    "prompts": prompts,
+    "rank": rank,
+    "reward": reward,
+    "select": select,
+    "ppo": ppo,
+    "evaluate": evaluate,
+}
+
+
+def run_stage(kind: str, config: StageRun, *, console: Console, name: str | None = None,
+              lineage: Mapping[str, Any] | None = None) -> Path:
+    """Run one stage from its settings to its finished folder.
+
+    The stage's inputs are read and checked first; nothing is written when they are wrong.
+
+    Args:
+        kind: A key of `fastrl.runs.RUN_TYPES`.
+        config: The settings of that kind, with paths as they are on this disk.
+        console: Where the header, progress and tables are shown.
+        name: What the header says; the kind unless told.
+        lineage: See fastrl.lineage; made from config and inputs unless told.
+    Returns:
+        The folder, `config.output_dir`.
+    Raises:
+        ConfigError: settings that do not fit together, or an output folder that holds something.
+        DataError: a file is missing or a row of it is broken.
+        ModelError: a model folder cannot be used.
+    """
+    if kind not in _STAGES:
+        raise ConfigError(unknown_key(kind, _STAGES, "stage kind"))
+    console.stage(name or kind, config.output_dir)
+    if lineage is None:
+        lineage = make_lineage(kind, to_dict(config),
+                               {path: Path(path) for _, path in local_paths(config)})
+    open_folder = partial(RunFolder, config.output_dir, config, stage=kind,
+                          report_to=getattr(config, "report_to", ()),
+                          device=resolve_device(config.device), lineage=lineage)
+    _STAGES[kind](config, open_folder, console)
+    return Path(config.output_dir)
