@@ -187,6 +187,7 @@ def token_loss(model: CausalLM, examples: Sequence[TokenExample], denominator: i
     hidden, batch = packed_forward(model, [e.token_ids for e in examples])
     mask = torch.tensor([flag for e in examples for flag in e.loss_mask], device=hidden.device)
     rows, targets = predict_rows(mask)
+    logprobs: Tensor
     logprobs, _ = model.lm_head(hidden[rows], linear_logprobs, batch.token_ids[targets])
     return -logprobs.sum() / denominator
 

@@ -7,8 +7,10 @@ There is no dropout.
 """
 
 import logging
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ from fastrl.trainers.common import (
 from fastrl.trainers.reward_report import RewardReport, build_report, has_pair
 from fastrl.types import Comparison, TokenExample
 
-log = logging.getLogger("fastrl")
+logger = logging.getLogger("fastrl")
 
 
 class RewardTrainer:
@@ -71,7 +73,7 @@ class RewardTrainer:
         self.num_without_pair = len(train) - len(with_pair)
         self.num_too_long = len(with_pair) - len(self.comparisons)
         require_rows(self.comparisons, "rankings with a pair of different ranks")
-        log.info("reward model: %d rankings; dropped %d without a pair and %d that are too long; "
+        logger.info("reward model: %d rankings; dropped %d without a pair and %d that are too long; "
                  "%d lost the beginning of the prompt", len(self.comparisons),
                  self.num_without_pair, self.num_too_long, self.num_truncated)
         self.eval = list(eval)
@@ -132,7 +134,7 @@ class RewardTrainer:
         bias = self.model.head.bias
         with torch.no_grad():
             bias -= self._scores(sequences).double().mean().to(bias)
-        log.info("reward model: bias %.6g gives %d %s a mean reward of 0", float(bias),
+        logger.info("reward model: bias %.6g gives %d %s a mean reward of 0", float(bias),
                  len(sequences), kind)
         if self.run is not None:
             self.run.update_run({"reward_shift": {"mean_zero_on": kind, "count": len(sequences),
@@ -204,7 +206,12 @@ def backward_ranking_loss(
 
     with mode(model, train=False):
         loss = accumulate(group_lengths(comparisons), config.max_tokens_per_microbatch, share)
-    return {"loss/ranking": float(loss), **_ranking_metrics(stats)}
+    total = reduce(operator.add, stats)
+    return {
+        "loss/ranking": float(loss),
+        "reward/accuracy": float(total.correct_or_tied / total.count),
+        "reward/margin_mean": float(total.margin / total.count),
+    }
 
 
 def comparison_sequences(comparison: Comparison) -> list[tuple[int, ...]]:

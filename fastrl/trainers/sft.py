@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -38,7 +39,7 @@ from fastrl.trainers.common import (
 )
 from fastrl.types import TokenExample
 
-log = logging.getLogger("fastrl")
+logger = logging.getLogger("fastrl")
 
 CandidateScore = Callable[[CausalLM], float]
 """How good a checkpoint is; higher is better. Mean reward-model score of its responses."""
@@ -81,7 +82,7 @@ class SFTTrainer:
         self._check()
         self.num_dropped = len(train) - len(self.examples)
         if self.num_dropped:
-            log.warning("SFT: dropped %d of %d examples: longer than max_seq_tokens=%d, or without "
+            logger.warning("SFT: dropped %d of %d examples: longer than max_seq_tokens=%d, or without "
                         "a target token", self.num_dropped, len(train), config.max_seq_tokens)
         lengths = [len(e.token_ids) for e in self.examples]
         self.rows = (pack_rows(lengths, config.max_seq_tokens) if config.packing
@@ -190,7 +191,8 @@ class SFTTrainer:
     @contextmanager
     def _training(self, number: int) -> Iterator[None]:
         """Dropout on for one step, drawn from a generator of its own; everything off afterwards."""
-        rate, backbone = self.config.residual_dropout, self.model.backbone
+        rate = self.config.residual_dropout
+        backbone: Any = self.model.backbone
         device = next(self.model.parameters()).device
         # Train mode only for residual dropout: other rates a checkpoint may carry stay off.
         with (mode(self.model, train=rate > 0),
