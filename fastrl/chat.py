@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fastrl.config import SamplingConfig, check
 from fastrl.errors import DataError, FastRLError
-from fastrl.generate import sampling_of
+from fastrl.generate import sampling_for
 from fastrl.yaml_file import nearest, parse_yaml
 
 if TYPE_CHECKING:
@@ -171,15 +171,13 @@ def chat(config: ChatRun, console: "Console") -> None:
     """
     from fastrl.data import load_encoder
     from fastrl.engine import Engine
-    from fastrl.models import load_causal_lm
-    from fastrl.trainers.common import resolve_device, resolve_dtype
+    from fastrl.stages.inputs import load_policy
 
-    device = resolve_device(config.device)
     encoder = load_encoder(config.model_name_or_path, prompt_format=config.prompt_format)
-    model = load_causal_lm(config.model_name_or_path, device=str(device),
-                           dtype=str(resolve_dtype(config.dtype, device)).removeprefix("torch."))
-    session = ChatSession(Engine(model.eval(), encoder=encoder), encoder, sampling_of(config),
-                          system=config.system, seed=config.seed)
+    model = load_policy(config.model_name_or_path, config)
+    session = ChatSession(Engine(model, encoder=encoder), encoder,
+                          sampling_for(config, model, encoder), system=config.system,
+                          seed=config.seed)
     console.print(f"{config.model_name_or_path}; /help lists the commands, Ctrl-C stops an answer")
     if not session.is_chat:
         console.print("the model continues your text as it stands (--prompt_format chat: messages)")

@@ -111,8 +111,9 @@ def self_check(device: "torch.device") -> SelfCheck:
     from fastrl.models import DecoderConfig, new_decoder, response_logprobs
 
     begin = time.perf_counter()
-    config = DecoderConfig(architecture="llama", vocab_size=101, hidden_size=32, num_layers=2,
-                           num_heads=4, num_kv_heads=2, intermediate_size=48, max_positions=64)
+    config = DecoderConfig(family="llama", vocab_size=101, hidden_size=32, intermediate_size=48,
+                           num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, rotary_dim=8,
+                           max_positions=64)
     model = new_decoder(config, seed=0).to(device).eval()
     rollout = Engine(model).generate([[1, 2, 3], [5, 6, 7, 8, 9]],
                                      SamplingConfig(max_new_tokens=16), num_samples_per_prompt=2)

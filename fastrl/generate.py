@@ -5,7 +5,6 @@ A row is `{"prompt" or "messages", "completions": [{"text", "token_ids", "logpro
 """
 
 import dataclasses
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from fastrl.config import EngineConfig, SamplingConfig, check
-from fastrl.errors import ConfigError
+from fastrl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from fastrl.console import Console
     from fastrl.data import TextEncoder
+    from fastrl.models import CausalLM
     from fastrl.types import Prompt, Rollout
-
-_RESPONSES_PER_CALL = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,10 +59,19 @@ class GenerateRun(SamplingConfig):
         check(self.seed >= 0, "seed", "a whole number of at least 0", self.seed)
 
 
-def sampling_of(config: SamplingConfig) -> SamplingConfig:
-    """Return the sampling settings of a config that inherits them."""
+def sampling_for(config: SamplingConfig, model: "CausalLM", encoder: "TextEncoder"
+                 ) -> SamplingConfig:
+    """Return the sampling settings of a config that inherits them, stop tokens filled in.
+
+    A response also ends with the token that ends a turn of the chat template, which a model's
+    `config.json` often does not name.
+    """
     names = [field.name for field in dataclasses.fields(SamplingConfig)]
-    return SamplingConfig(**{name: getattr(config, name) for name in names})
+    settings = {name: getattr(config, name) for name in names}
+    if config.stop_token_ids is None:
+        stops = (*model.spec.eos_token_ids, *encoder.eos_token_ids)
+        settings["stop_token_ids"] = tuple(dict.fromkeys(stops))
+    return SamplingConfig(**settings)
 
 
 def generate(config: GenerateRun, console: "Console") -> int:
@@ -82,51 +89,54 @@ def generate(config: GenerateRun, console: "Console") -> int:
     """
     from fastrl.data import load_encoder
     from fastrl.engine import Engine
-    from fastrl.models import load_causal_lm
-    from fastrl.trainers.common import resolve_device, resolve_dtype
+    from fastrl.stages.inputs import load_policy
 
-    with _open_output(config.output) as file:
-        device = resolve_device(config.device)
-        encoder = load_encoder(config.model_name_or_path,
-                               prompt_format=config.prompt_format)
-        prompts = _load_prompts(config, encoder, console)
-        model = load_causal_lm(config.model_name_or_path, device=str(device),
-                               dtype=str(resolve_dtype(config.dtype, device))
-                               .removeprefix("torch.")).eval()
-        engine = Engine(model, config.engine, encoder=encoder)
-        group, num_rows = config.num_samples_per_prompt, 0
-        chunk = max(1, _RESPONSES_PER_CALL // group)
-        with console.progress("generate", len(prompts) * group) as progress:
-            for begin in range(0, len(prompts), chunk):
-                part = prompts[begin:begin + chunk]
-                rollout = engine.generate(
-                    [prompt.token_ids for prompt in part], sampling_of(config), seed=config.seed,
-                    num_samples_per_prompt=group, first_request_id=begin * group)
-                for row in _rows(part, rollout, encoder):
-                    file.write(row + "\n")
-                    num_rows += 1
-                progress.update(num_rows * group, _headline(rollout))
-    return num_rows
+    output = None if config.output is None else _checked_output(Path(config.output))
+    encoder = load_encoder(config.model_name_or_path, prompt_format=config.prompt_format)
+    prompts = _load_prompts(config, encoder, console)
+    model = load_policy(config.model_name_or_path, config)
+    engine = Engine(model, config.engine, encoder=encoder)
+    sampling = sampling_for(config, model, encoder)
+    group, chunk = config.num_samples_per_prompt, _prompts_per_call(config)
+    with (_open_output(output) as file,
+          console.progress("generate", len(prompts) * group) as progress):
+        for begin in range(0, len(prompts), chunk):
+            part, done = prompts[begin:begin + chunk], begin * group
+            rollout = engine.generate(
+                [prompt.token_ids for prompt in part], sampling, seed=config.seed,
+                num_samples_per_prompt=group, first_request_id=done)
+            file.writelines(row + "\n" for row in _rows(part, rollout, encoder))
+            progress.update(done + rollout.batch_size, _numbers(rollout))
+    return len(prompts)
+
+
+def _checked_output(path: Path) -> Path:
+    """A file that can be written without losing another one."""
+    if path.exists():
+        raise ConfigError(f"output: expected a new file, got {path}, which exists; choose another "
+                          "name or delete it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"output: expected a folder at {path.parent}, found none; create it")
+    return path
+
+
+def _prompts_per_call(config: GenerateRun) -> int:
+    """Prompts generated for before rows are written; their number never changes the tokens."""
+    return max(1, 2 * config.engine.max_batch_size // config.num_samples_per_prompt)
 
 
 def _load_prompts(config: GenerateRun, encoder: "TextEncoder", console: "Console"
                   ) -> list["Prompt"]:
-    from fastrl.data import load_prompts
-    from fastrl.errors import DataError
+    from fastrl.stages.inputs import load_prompt_files
     from fastrl.types import Prompt
 
-    if config.prompt is not None:
-        ids = encoder.encode_prompt(config.prompt)
-        if len(ids) > config.max_prompt_tokens:
-            raise DataError(f"--prompt: expected at most {config.max_prompt_tokens} tokens, got "
-                            f"{len(ids)}; shorten it or raise --max_prompt_tokens")
-        return [Prompt(token_ids=tuple(ids), text=config.prompt, row={"prompt": config.prompt})]
-    prompts: list[Prompt] = []
-    for path in config.prompts:
-        loaded, report = load_prompts(path, encoder, config.max_prompt_tokens)
-        prompts += loaded
-        console.print(f"{path}: {report}")
-    return prompts
+    if config.prompt is None:
+        return load_prompt_files(config.prompts, encoder, config.max_prompt_tokens, console)
+    ids = encoder.encode_prompt(config.prompt)
+    if not 0 < len(ids) <= config.max_prompt_tokens:
+        raise DataError(f"--prompt: expected 1 to {config.max_prompt_tokens} tokens, got "
+                        f"{len(ids)}; change it or --max_prompt_tokens")
+    return [Prompt(token_ids=tuple(ids), text=config.prompt, row={"prompt": config.prompt})]
 
 
 def _rows(prompts: list["Prompt"], rollout: "Rollout", encoder: "TextEncoder") -> Iterator[str]:
@@ -151,24 +161,19 @@ def _prompt_columns(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("prompt", "messages", "source", "id") if name in row}
 
 
-def _headline(rollout: "Rollout") -> dict[str, float]:
+def _numbers(rollout: "Rollout") -> dict[str, float]:
+    """What the progress shows."""
     return {"entropy/mean": float(rollout.entropy[rollout.response_mask].mean()),
             "response/length_mean": float(rollout.response_lens.double().mean())}
 
 
 @contextmanager
-def _open_output(output: str | None) -> Iterator[TextIO]:
-    """The file to write to; it appears under its name when everything is in it."""
-    if output is None:
+def _open_output(path: Path | None) -> Iterator[TextIO]:
+    """The file to write to; it gets its name when everything is in it."""
+    if path is None:
         yield sys.stdout
         return
-    path = Path(output)
-    if path.exists():
-        raise ConfigError(f"output: expected a new file, got {path}, which exists; choose another "
-                          "name or delete it")
-    if not path.parent.is_dir():
-        raise ConfigError(f"output: expected a folder at {path.parent}, found none; create it")
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
         yield file
-    os.replace(part, path)
+    part.replace(path)

@@ -1,0 +1,51 @@
+"""fastrl doctor: the table of operations, and a self check that can fail."""
+
+import io
+
+import pytest
+import torch
+
+import fastrl.doctor as doctor
+from fastrl import cli
+from fastrl.console import Console
+from fastrl.doctor import DoctorRun, SelfCheck, examine, package_rows, self_check
+
+
+def test_self_check_generates_and_agrees() -> None:
+    check = self_check(torch.device("cpu"))
+    assert check.num_tokens == 64  # 2 prompts, 2 samples, 16 tokens: no stop token is defined
+    assert 0 <= check.gap <= 1e-5
+    assert check.is_passed
+
+
+@pytest.mark.parametrize(("num_tokens", "gap", "is_passed"), [
+    (64, 0.0, True), (64, 9e-5, True), (64, 2e-4, False), (0, 0.0, False),
+    (64, float("nan"), False),
+])
+def test_self_check_fails_when_it_should(num_tokens: int, gap: float, is_passed: bool) -> None:
+    assert SelfCheck(num_tokens, gap, 0.1).is_passed is is_passed
+
+
+def test_report_names_machine_packages_and_operations() -> None:
+    out = io.StringIO()
+    assert examine(DoctorRun(device="cpu"), Console(file=out, live=False, width=160))
+    text = out.getvalue()
+    for expected in ("free memory", "C++ compiler", "torch", "transformers", "tensorboard",
+                     "sample_tokens", "compute_gae", "chosen", "unavailable",
+                     "self check passed: 64 tokens"):
+        assert expected in text, expected
+
+
+def test_packages_that_are_missing_are_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "OPTIONAL", {"no-such-package-here": "nothing"})
+    assert ("no-such-package-here", "not installed", "nothing") in list(package_rows())
+
+
+def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--device", "cpu", "--quiet"]) == 0
+    assert capsys.readouterr().out.startswith("self check passed")
+    monkeypatch.setattr(doctor, "self_check", lambda device: SelfCheck(64, 0.5, 0.1))
+    assert cli.main(["doctor", "--device", "cpu", "--quiet"]) == 1
+    assert "failed (tolerance 0.0001)" in capsys.readouterr().out
+    assert cli.main(["doctor", "--device", "cuda:99"]) == 2
+    assert "expected one of" in capsys.readouterr().err

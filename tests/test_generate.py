@@ -1,0 +1,140 @@
+"""fastrl generate: rows that only lack ranks, whatever the number of prompts per call."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastrl.generate as generate_module
+from fastrl import cli
+from fastrl.data import load_comparisons, load_encoder, word_tokenizer
+from fastrl.models import DecoderConfig, new_decoder, save_causal_lm
+
+WORDS = [f"w{i}" for i in range(37)]
+PROMPTS = [{"prompt": f"w{i} w{i + 1}", "source": "books", "completion": "not kept"}
+           for i in range(5)] + [{"messages": [{"role": "user", "content": "w1 w2"}]}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random model with a word tokenizer."""
+    words = ["Human:", "Assistant:", *WORDS]
+    encoder = word_tokenizer(words, tmp_path_factory.mktemp("tokenizer"))
+    config = DecoderConfig(family="llama", vocab_size=encoder.max_token_id + 1, hidden_size=16,
+                           intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=1,
+                           head_dim=8, rotary_dim=8, max_positions=64)
+    folder = tmp_path_factory.mktemp("model") / "m"
+    save_causal_lm(new_decoder(config, seed=0), folder, tokenizer_from=encoder.path)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    return path
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(model: Path, *argv: str) -> int:
+    return cli.main(["generate", "--model_name_or_path", str(model), "--max_new_tokens", "6",
+                     "--quiet", *argv])
+
+
+def test_rows_have_everything_but_ranks(model: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    assert run(model, "--prompts", str(prompts), "--num_samples_per_prompt", "3", "--output",
+               str(out)) == 0
+    rows, encoder = rows_of(out), load_encoder(model)
+    assert len(rows) == 6
+    assert rows[0]["prompt"] == "w0 w1" and rows[0]["source"] == "books"
+    assert set(rows[0]) == {"prompt", "source", "completions"}
+    assert rows[5]["messages"] == [{"role": "user", "content": "w1 w2"}]
+    for completion in (c for row in rows for c in row["completions"]):
+        assert set(completion) == {"text", "token_ids", "logprobs", "finish_reason"}
+        assert len(completion["token_ids"]) == len(completion["logprobs"]) <= 6
+        assert all(logprob <= 0 for logprob in completion["logprobs"])
+        assert completion["finish_reason"] in ("stop", "length")
+        ids = [i for i in completion["token_ids"] if i not in encoder.eos_token_ids]
+        assert completion["text"] == encoder.decode(ids)
+    assert len({c["text"] for c in rows[0]["completions"]}) > 1
+
+
+def test_rows_with_ranks_are_comparisons(model: Path, prompts: Path, tmp_path: Path) -> None:
+    out, ranked = tmp_path / "out.jsonl", tmp_path / "ranked.jsonl"
+    assert run(model, "--prompts", str(prompts), "--num_samples_per_prompt", "3", "--output",
+               str(out), "--min_new_tokens", "2") == 0
+    rows = rows_of(out)
+    for row in rows:
+        for rank, completion in enumerate(row["completions"]):
+            completion["rank"] = rank
+    ranked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    comparisons, report = load_comparisons(ranked, load_encoder(model), 64)
+    assert report.kept == 6
+    assert [comparison.ranks for comparison in comparisons] == [(0, 1, 2)] * 6
+    encoder = load_encoder(model)
+    assert comparisons[0].prompt_ids == tuple(encoder.encode_prompt("w0 w1"))
+    for row, comparison in zip(rows, comparisons, strict=True):
+        texts = [encoder.decode(ids) for ids in comparison.completions]
+        assert texts == [completion["text"] for completion in row["completions"]]
+
+
+def test_prompts_per_call_do_not_change_the_rows(model: Path, prompts: Path, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--prompts", str(prompts), "--num_samples_per_prompt", "2", "--seed", "5"]
+    assert run(model, *arguments, "--output", str(tmp_path / "a.jsonl")) == 0
+    monkeypatch.setattr(generate_module, "_prompts_per_call", lambda config: 2)
+    assert run(model, *arguments, "--output", str(tmp_path / "b.jsonl")) == 0
+    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
+    arguments[-1] = "6"
+    assert run(model, *arguments, "--output", str(tmp_path / "c.jsonl")) == 0
+    assert (tmp_path / "a.jsonl").read_text() != (tmp_path / "c.jsonl").read_text()
+
+
+def test_one_prompt_to_standard_output(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, "--prompt", "w3 w4", "--greedy") == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["prompt"] == "w3 w4" and len(row["completions"]) == 1
+
+
+def test_progress_goes_beside_the_rows(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "--model_name_or_path", str(model), "--prompt", "w1",
+                     "--max_new_tokens", "3"]) == 0
+    captured = capsys.readouterr()
+    json.loads(captured.out)
+    assert "generate 1/1" in captured.err
+
+
+def test_existing_output_is_left_alone(model: Path, prompts: Path, tmp_path: Path,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("precious")
+    assert run(model, "--prompts", str(prompts), "--output", str(out)) == 2
+    assert out.read_text() == "precious"
+    assert "output: expected a new file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    ([], "prompts: expected either prompt files or one --prompt"),
+    (["--prompt", "w1", "--prompts", "p.jsonl"], "prompts: expected either"),
+    (["--prompt", "w1", "--num_samples_per_prompt", "0"], "num_samples_per_prompt: expected"),
+    (["--prompt", "w1 w2 w3", "--max_prompt_tokens", "2"], "--prompt: expected 1 to 2 tokens, got"),
+    (["--prompt", "w1", "--output", "/absent/out.jsonl"], "output: expected a folder at /absent"),
+    (["--prompts", "absent.jsonl"], "absent.jsonl"),
+    (["--prompt", "w1", "--temperature", "0"], "temperature: expected a number above 0"),
+])
+def test_mistakes(model: Path, argv: list[str], message: str,
+                  capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, *argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_is_left_when_a_prompt_file_is_broken(model: Path, tmp_path: Path) -> None:
+    broken, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    broken.write_text('{"prompt": "w1"}\n{"prompt": 3}\n')
+    assert run(model, "--prompts", str(broken), "--output", str(out)) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.jsonl"]
