@@ -19,7 +19,9 @@ def load_comparisons(paths: Paths, encoder: TextEncoder, max_tokens: int
 
     A row is `{prompt | messages, chosen, rejected}`, or K-way
     `{prompt | messages, completions: [{text, rank}, ...]}` where rank 0 is best and equal ranks are
-    ties. A ranking in which nothing is better than anything else is left out and counted.
+    ties. A completion whose `finish_reason` is "length", as `fastrl generate` writes it, was cut
+    off by a limit and gets no end-of-turn token. A ranking in which nothing is better than anything
+    else is left out and counted.
 
     Args:
         paths: A file or several.
@@ -35,12 +37,12 @@ def load_comparisons(paths: Paths, encoder: TextEncoder, max_tokens: int
     comparisons = []
     for row in tally.rows():
         prompt = row_prompt(row)
-        texts, ranks = _ranked(row)
+        texts, ranks, are_whole = _ranked(row)
         source = row.source()
         if len(set(ranks)) == 1 or len(set(texts)) == 1:
             tally.num_without_comparison += 1
             continue
-        prompt_ids, completions = _encode(row, encoder, prompt, texts)
+        prompt_ids, completions = _encode(row, encoder, prompt, texts, are_whole)
         room = max_tokens - max(len(ids) for ids in completions)
         if room < min(2, len(prompt_ids)):
             tally.num_too_long += 1
@@ -57,10 +59,11 @@ def load_comparisons(paths: Paths, encoder: TextEncoder, max_tokens: int
     return comparisons, tally.report()
 
 
-def _encode(row: Row, encoder: TextEncoder, prompt: RowPrompt, texts: list[str]
-            ) -> tuple[list[int], list[list[int]]]:
+def _encode(row: Row, encoder: TextEncoder, prompt: RowPrompt, texts: list[str],
+            are_whole: list[bool]) -> tuple[list[int], list[list[int]]]:
     prompt_ids = encode_row_prompt(row, encoder, prompt)
-    return prompt_ids, [encode_row_completion(row, encoder, prompt, text) for text in texts]
+    return prompt_ids, [encode_row_completion(row, encoder, prompt, text, end)
+                        for text, end in zip(texts, are_whole, strict=True)]
 
 
 def _cut_front(ids: list[int], room: int, bos_token_id: int | None) -> list[int]:
@@ -72,17 +75,18 @@ def _cut_front(ids: list[int], room: int, bos_token_id: int | None) -> list[int]
     return ids[len(ids) - room:]
 
 
-def _ranked(row: Row) -> tuple[list[str], list[int]]:
-    """The completions of a row and their ranks."""
+def _ranked(row: Row) -> tuple[list[str], list[int], list[bool]]:
+    """The completions of a row, their ranks, and whether they ended by themselves."""
     if "completions" not in row.value:
-        return [row_completion(row, "chosen"), row_completion(row, "rejected")], [0, 1]
+        texts = [row_completion(row, "chosen"), row_completion(row, "rejected")]
+        return texts, [0, 1], [True, True]
     completions = row.value["completions"]
     if not isinstance(completions, list):
         raise row.error("completions", "a list of {text, rank}", describe(completions))
     if len(completions) < 2:
         raise row.error("completions", "at least two completions to compare",
                         describe(completions))
-    texts, ranks = [], []
+    texts, ranks, are_whole = [], [], []
     for i, completion in enumerate(completions):
         field = f"completions[{i}]"
         if not isinstance(completion, dict):
@@ -92,7 +96,8 @@ def _ranked(row: Row) -> tuple[list[str], list[int]]:
                 raise row.error(f"{field}.{name}", expected, "nothing: the field is missing")
         texts.append(row.check_text(completion["text"], f"{field}.text"))
         ranks.append(_rank(row, completion["rank"], f"{field}.rank"))
-    return texts, ranks
+        are_whole.append(completion.get("finish_reason") != "length")
+    return texts, ranks, are_whole
 
 
 def _rank(row: Row, value: object, field: str) -> int:

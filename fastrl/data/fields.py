@@ -76,15 +76,15 @@ def encode_row_prompt(row: Row, encoder: TextEncoder, prompt: RowPrompt) -> list
     return ids
 
 
-def encode_row_completion(row: Row, encoder: TextEncoder, prompt: RowPrompt, text: str
-                          ) -> list[int]:
-    """Token ids of a completion that follows a row's prompt.
+def encode_row_completion(row: Row, encoder: TextEncoder, prompt: RowPrompt, text: str,
+                          end: bool = True) -> list[int]:
+    """Token ids of a completion that follows a row's prompt, with its end of turn.
 
     Raises:
         DataError: when the chat template refuses it.
     """
     try:
-        return encoder.encode_completion(text, prompt=prompt)
+        return encoder.encode_completion(text, end=end, prompt=prompt)
     except DataError as error:
         raise _refused(row, prompt, error) from error
 

@@ -150,15 +150,32 @@ def rank(run: RankRun, open_folder: OpenFolder, console: Console) -> None:
 
 def _write_rankings(folder: RunFolder, name: str, prompts: Sequence[Prompt], rollout: Rollout,
                     gold: torch.Tensor, ranks: torch.Tensor, encoder: TextEncoder) -> None:
-    """One row per prompt: its own fields, and K completions with rank and gold score."""
+    """One row per prompt: its own fields, and K completions with rank and gold score.
+
+    Blank completions cannot be ranked as text and are left out.
+    """
     num_samples = rollout.num_samples_per_prompt
     for index, prompt in enumerate(prompts):
-        rows = range(index * num_samples, (index + 1) * num_samples)
-        completions = [{"text": decode_response(rollout, row, encoder),
-                        "rank": int(ranks[index, k]), "gold": float(gold[index, k]),
-                        "finish_reason": rollout.finish_reasons[row]}
-                       for k, row in enumerate(rows)]
-        folder.append(name, {**prompt.row, "completions": completions})
+        completions: list[dict[str, Any]] = []
+        for k in range(num_samples):
+            row = index * num_samples + k
+            text = _continuation(rollout, row, encoder)
+            if text.strip():
+                completions.append({
+                    "text": text, "rank": int(ranks[index, k]), "gold": float(gold[index, k]),
+                    "finish_reason": rollout.finish_reasons[row]})
+        if len(completions) > 1:
+            folder.append(name, {**prompt.row, "completions": completions})
+
+
+def _continuation(rollout: Rollout, row: int, encoder: TextEncoder) -> str:
+    """Text of a response as it continues its prompt: with the space that some decoders strip."""
+    token_ids = rollout.sequence(row)
+    before = encoder.decode(token_ids[:int(rollout.prompt_lens[row])])
+    text = encoder.decode(token_ids)
+    if not text.startswith(before):  # a character whose bytes begin in the prompt
+        return decode_response(rollout, row, encoder)
+    return text[len(before):]
 
 
 def _label_facts(rollout: Rollout, gold: torch.Tensor, noise_scale: float) -> dict[str, Any]:
