@@ -174,7 +174,7 @@ def chat(config: ChatRun, console: "Console") -> None:
     from fastrl.stages.inputs import load_policy
 
     encoder = load_encoder(config.model_name_or_path, prompt_format=config.prompt_format)
-    model = load_policy(config.model_name_or_path, config)
+    model = load_policy(config.model_name_or_path, config, encoder)
     session = ChatSession(Engine(model, encoder=encoder), encoder,
                           sampling_for(config, model, encoder), system=config.system,
                           seed=config.seed)

@@ -169,9 +169,9 @@ def _demo(parser: Parser, argv: list[str]) -> int:
     config, quiet = read_options(parser, DemoRun, argv)
 
     from fastrl.console import Console
-    from fastrl.demo import run_demo
+    from fastrl.demo.run import run_demo
 
-    run_demo(Path(config.output_dir), config.seed, Console(quiet=quiet))
+    run_demo(config.output_dir, seed=config.seed, console=Console(quiet=quiet))
     return 0
 
 

@@ -94,7 +94,7 @@ def generate(config: GenerateRun, console: "Console") -> int:
     output = None if config.output is None else _checked_output(Path(config.output))
     encoder = load_encoder(config.model_name_or_path, prompt_format=config.prompt_format)
     prompts = _load_prompts(config, encoder, console)
-    model = load_policy(config.model_name_or_path, config)
+    model = load_policy(config.model_name_or_path, config, encoder)
     engine = Engine(model, config.engine, encoder=encoder)
     sampling = sampling_for(config, model, encoder)
     group, chunk = config.num_samples_per_prompt, _prompts_per_call(config)

@@ -57,7 +57,7 @@ def _body(name: str, stages: Sequence[StageFiles], thinning: int) -> Iterator[st
         section("samples", "Samples", _samples(stages, thinning)),
         *(section(f"kind-{kind}", title, curves(kind, stages, _MAX_POINTS // thinning))
           for kind, title in KIND_TITLES.items()),
-        section("stages", "Stages", [_stage_table(stages)]),
+        section("stages", "Stages", [_stage_table(stages), *map(_summary, stages)]),
         section("reproduce", "Reproduce", _reproduce(name, stages)),
     ]
     seconds = sum(float(stage.finished.get("seconds", 0)) for stage in stages)
@@ -86,6 +86,22 @@ def _stage_table(stages: Sequence[StageFiles]) -> str:
             for stage in stages]
     return table(("stage", "kind", "time", "tokens/s at the end", "peak GiB", "started (UTC)"),
                  rows, caption="What ran, and what it took")
+
+
+def _summary(stage: StageFiles) -> str:
+    """What the stage itself says about its result, unless the page shows it already."""
+    summary = stage.finished.get("summary") or {}
+    rows = [] if stage.evaluation else list(_leaves(summary))
+    return details(f"{stage.name}: summary", table(("name", "value"), rows))
+
+
+def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted name, value) of the leaves of nested mappings; lists are written out."""
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _leaves(item, f"{prefix}{key}.")
+        else:
+            yield prefix + key, str(item) if isinstance(item, list) else item
 
 
 def _last(stage: StageFiles, metric: str) -> float | None:

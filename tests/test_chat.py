@@ -16,7 +16,8 @@ from fastrl.console import Console
 from fastrl.data import TextEncoder, train_bpe_tokenizer, word_tokenizer
 from fastrl.engine import Engine
 from fastrl.errors import ConfigError, DataError
-from fastrl.models import CausalLM, DecoderConfig, new_decoder, save_causal_lm
+from fastrl.models import CausalLM, DecoderConfig, new_decoder
+from fastrl.models.weights import save_causal_lm
 
 WORDS = [f"w{i}" for i in range(37)]
 SAMPLING = SamplingConfig(max_new_tokens=8)

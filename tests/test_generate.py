@@ -9,7 +9,8 @@ import pytest
 import fastrl.generate as generate_module
 from fastrl import cli
 from fastrl.data import load_comparisons, load_encoder, word_tokenizer
-from fastrl.models import DecoderConfig, new_decoder, save_causal_lm
+from fastrl.models import DecoderConfig, new_decoder
+from fastrl.models.weights import save_causal_lm
 
 WORDS = [f"w{i}" for i in range(37)]
 PROMPTS = [{"prompt": f"w{i} w{i + 1}", "source": "books", "completion": "not kept"}
