@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import yaml
@@ -134,7 +134,6 @@ class RunFolder:
             _check_sink(sink)
         self.path.mkdir(parents=True, exist_ok=True)
         self._begin = time.time()
-        self._files: dict[str, TextIO] = {}
         settings = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
         write_atomic(self.path / "config.yaml", settings)
         self.update_run({"stage": stage, "started_at": _utc(self._begin),
@@ -170,11 +169,9 @@ class RunFolder:
             self.append("samples.jsonl", {"step": step, **sample})
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
-        """Append one JSON line to a file of the run and flush it."""
-        if name not in self._files:
-            self._files[name] = (self.path / name).open("a", encoding="utf-8")
-        self._files[name].write(to_json(row) + "\n")
-        self._files[name].flush()
+        """Append one JSON line to a file of the run."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(to_json(row) + "\n")
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a whole JSON file of the run, atomically."""
@@ -188,7 +185,7 @@ class RunFolder:
         self.write_json("run.json", {**known, **facts})
 
     def finish(self, summary: Mapping[str, Any] | None = None) -> None:
-        """Close every file, then write finished.json: the run is complete."""
+        """Close the sinks, then write finished.json: the run is complete."""
         self.close()
         now = time.time()
         self.write_json("finished.json", {
@@ -198,10 +195,7 @@ class RunFolder:
         })
 
     def close(self) -> None:
-        """Close the files without marking the run as finished."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        """Close the extra sinks without marking the run as finished."""
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None

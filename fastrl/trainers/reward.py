@@ -73,9 +73,9 @@ class RewardTrainer:
         self.num_without_pair = len(train) - len(with_pair)
         self.num_too_long = len(with_pair) - len(self.comparisons)
         require_rows(self.comparisons, "rankings with a pair of different ranks")
-        logger.info("reward model: %d rankings; dropped %d without a pair and %d that are too long; "
-                 "%d lost the beginning of the prompt", len(self.comparisons),
-                 self.num_without_pair, self.num_too_long, self.num_truncated)
+        logger.info("reward model: %d rankings; dropped %d without a pair and %d that are too "
+                    "long; %d lost the beginning of the prompt", len(self.comparisons),
+                    self.num_without_pair, self.num_too_long, self.num_truncated)
         self.eval = list(eval)
         self.demonstrations = [e.token_ids[-config.max_seq_tokens:] for e in demonstrations]
         self.steps_per_epoch = -(-len(self.comparisons) // config.batch_size)
@@ -135,7 +135,7 @@ class RewardTrainer:
         with torch.no_grad():
             bias -= self._scores(sequences).double().mean().to(bias)
         logger.info("reward model: bias %.6g gives %d %s a mean reward of 0", float(bias),
-                 len(sequences), kind)
+                    len(sequences), kind)
         if self.run is not None:
             self.run.update_run({"reward_shift": {"mean_zero_on": kind, "count": len(sequences),
                                                   "bias": float(bias)}})

@@ -82,8 +82,9 @@ class SFTTrainer:
         self._check()
         self.num_dropped = len(train) - len(self.examples)
         if self.num_dropped:
-            logger.warning("SFT: dropped %d of %d examples: longer than max_seq_tokens=%d, or without "
-                        "a target token", self.num_dropped, len(train), config.max_seq_tokens)
+            logger.warning("SFT: dropped %d of %d examples: longer than max_seq_tokens=%d, or "
+                           "without a target token", self.num_dropped, len(train),
+                           config.max_seq_tokens)
         lengths = [len(e.token_ids) for e in self.examples]
         self.rows = (pack_rows(lengths, config.max_seq_tokens) if config.packing
                      else [[i] for i in range(len(lengths))])

@@ -59,8 +59,8 @@ def deterministic(metrics):
 
 
 def test_sft_memorises_a_sentence_per_prompt():
-    examples = [TokenExample((p, 9, (3 * p) % 8, (5 * p + 1) % 8, 10), (False, False, True, True, True))
-                for p in range(8)]
+    mask = (False, False, True, True, True)
+    examples = [TokenExample((p, 9, (3 * p) % 8, (5 * p + 1) % 8, 10), mask) for p in range(8)]
     model = make_model()
     trainer = SFTTrainer(make_config(batch_size=8, num_epochs=80, learning_rate=1e-2), model,
                          examples)
@@ -115,8 +115,8 @@ def test_loss_on_completion_and_on_everything():
         metrics = trainer.step()
         losses[loss_on] = metrics["loss/train"], metrics["data/target_tokens"]
     model = make_model(torch.float64)
-    each = [evaluate_token_loss(model, [TokenExample((1, 2, 3, 4), tuple(i == j for i in range(4)))],
-                                10) for j in (1, 2, 3)]
+    singles = [TokenExample((1, 2, 3, 4), tuple(i == j for i in range(4))) for j in (1, 2, 3)]
+    each = [evaluate_token_loss(model, [single], 10) for single in singles]
     assert losses["completion"] == (pytest.approx(each[2]), 1.0)
     assert losses["all"] == (pytest.approx(sum(each) / 3), 3.0)
 
@@ -149,7 +149,7 @@ def test_dropout_is_on_in_steps_and_off_elsewhere():
     examples = make_examples(4)
     losses = {}
     for rate in (0.0, 0.5):
-        model = make_model()
+        model = make_model().eval()
         trainer = SFTTrainer(make_config(residual_dropout=rate, select_by="loss"), model, examples,
                              eval=examples)
         before = evaluate_token_loss(model, examples, 100)
@@ -163,8 +163,16 @@ def test_dropout_is_on_in_steps_and_off_elsewhere():
 
 
 def test_residual_dropout_without_support_is_an_error():
+    class Plain(torch.nn.Module):
+        def __init__(self, trunk):
+            super().__init__()
+            self.trunk = trunk
+
+        def forward(self, *args):
+            return self.trunk(*args)
+
     model = make_model()
-    del model.backbone.residual_dropout
+    model.backbone = Plain(model.backbone)
     with pytest.raises(ConfigError, match="residual_dropout: expected 0 for"):
         SFTTrainer(make_config(residual_dropout=0.2), model, make_examples(4))
     SFTTrainer(make_config(residual_dropout=0.0), model, make_examples(4)).step()
