@@ -2,7 +2,8 @@
 
 from fastrl.models.attention import Attention, PackedAttention, PagedAttention
 from fastrl.models.causal_lm import CausalLM, ScalarModel, scalar_from_causal
-from fastrl.models.decoder import Decoder, DecoderConfig, new_decoder
+from fastrl.models.config import DecoderConfig
+from fastrl.models.decoder import Decoder, new_decoder
 from fastrl.models.families import decoder_config
 from fastrl.models.heads import LMHead, ScalarHead
 from fastrl.models.scoring import (

@@ -211,3 +211,11 @@ def write_tokenizer(folder: Path, tokenizer_from: str | Path | SavesTokenizer | 
     for name in present:
         if (Path(tokenizer_from) / name).resolve() != (folder / name).resolve():
             shutil.copyfile(Path(tokenizer_from) / name, folder / name)
+
+
+def padding_id(present: int | None, eos_token_ids: tuple[int, ...], bos: int | None) -> int:
+    """The checkpoint's padding token, or the first token that neither begins nor ends texts."""
+    if present is not None and present not in eos_token_ids:
+        return present
+    taken = {*eos_token_ids, bos}
+    return next(i for i in range(len(taken) + 1) if i not in taken)

@@ -6,7 +6,8 @@ state alone says what a token sees. What this path cannot compute exactly is ref
 what the config says and then by comparing with transformers' own forward on a few tokens.
 """
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrl.errors import ModelError
-from fastrl.models.attention import Attention, PackedAttention
+from fastrl.models.attention import Attention
 from fastrl.models.causal_lm import CausalLM, ScalarModel
-from fastrl.models.folder import WeightFiles
+from fastrl.models.folder import WeightFiles, padding_id
 from fastrl.models.heads import LMHead, ScalarHead
-from fastrl.models.spec import ModelSpec
-from fastrl.packing import pack_sequences
-
-# A plain name: transformers treats names with "flash", "sdpa" or a slash in a special way.
-ATTENTION_NAME = "fastrl_attention"
-
-PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Largest difference on the probe, as a share of the largest logit."""
+from fastrl.models.hf_probe import ATTENTION_NAME, probe
 
 UNSUPPORTED_KEYS: dict[str, str] = {
     "attn_logit_softcapping": "it caps attention scores",
@@ -36,6 +30,9 @@ UNSUPPORTED_KEYS: dict[str, str] = {
     "attention_chunk_size": "it attends in chunks",
 }
 NEUTRAL_VALUES = (None, 0, 1)
+
+KEPT_PRIVATE_KEYS = ("_remove_final_layer_norm",)
+"""Keys with an underscore that describe an architecture (opt); others choose code or are stale."""
 
 
 def fastrl_attention(
@@ -103,7 +100,7 @@ def load_causal_lm(
     unembedding = full.get_output_embeddings()
     head = LMHead(unembedding.weight, getattr(unembedding, "bias", None))
     backbone = HFBackbone(getattr(full, full.base_model_prefix))
-    spec = _probe(full, backbone, lambda hidden: head(hidden, F.linear), path)
+    spec = probe(full, backbone, lambda hidden: head(hidden, F.linear), path)
     return CausalLM(backbone, head, spec).eval()
 
 
@@ -122,7 +119,7 @@ def load_scalar_model(
     own_bias = 0.0 if score.bias is None else float(score.bias)
     head = ScalarHead(nn.Parameter(score.weight.detach()[0]), own_bias + bias)
     backbone = HFBackbone(getattr(full, full.base_model_prefix))
-    spec = _probe(full, backbone, lambda hidden: (head(hidden) - bias)[:, None], path)
+    spec = probe(full, backbone, lambda hidden: (head(hidden) - bias)[:, None], path)
     return ScalarModel(backbone, head, spec).eval()
 
 
@@ -144,7 +141,11 @@ def save_scalar_model(
     """Write a reward model of this path with transformers' own code."""
     from transformers import AutoModelForSequenceClassification
 
-    full = _shell(AutoModelForSequenceClassification, model.backbone, extra)
+    trunk: Any = model.backbone.model
+    pad = padding_id(trunk.config.pad_token_id, model.spec.eos_token_ids,
+                     trunk.config.bos_token_id)
+    full = _shell(AutoModelForSequenceClassification, model.backbone,
+                  {**extra, "pad_token_id": pad})
     full.score.weight = nn.Parameter(model.head.weight.detach()[None])
     if full.score.bias is not None:  # the shift holds it: see load_scalar_model
         full.score.bias = nn.Parameter(torch.zeros(1))
@@ -154,7 +155,7 @@ def save_scalar_model(
 def _shell(auto_class: Any, backbone: nn.Module, extra: Mapping[str, Any] | None = None) -> Any:
     """A transformers model without weights of its own around a trunk."""
     assert isinstance(backbone, HFBackbone)
-    config: Any = backbone.model.config
+    config: Any = copy.deepcopy(backbone.model.config)
     for key, value in (extra or {}).items():
         setattr(config, key, value)
     model_class = _model_class(auto_class, config, "this model")
@@ -174,10 +175,11 @@ def _model_class(auto_class: Any, config: Any, path: str | Path) -> Any:
 
 def _without_private_keys(value: Any) -> Any:
     """A config without what could choose code: private keys and remote code, at every level."""
-    if isinstance(value, dict):
-        return {k: _without_private_keys(v) for k, v in value.items()
-                if not k.startswith("_") and k not in ("auto_map", "attn_implementation")}
-    return value
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_private_keys(item) for key, item in value.items()
+            if (not key.startswith("_") or key in KEPT_PRIVATE_KEYS)
+            and key != "auto_map" and "implementation" not in key}
 
 
 def _refuse(config: Any, model_class: Any, path: str | Path) -> None:
@@ -215,7 +217,7 @@ def _load(
         config = AutoConfig.for_model(model_type, **settings)
     except (ValueError, TypeError) as error:
         raise ModelError(f"{path}: expected an architecture of transformers' own, got model_type "
-                         f"{model_type!r} ({error}); code inside a checkpoint is never run") from error
+                         f"{model_type!r} ({error}); code in a checkpoint is never run") from error
     model_class = _model_class(auto_class, config, path)
     _refuse(config, model_class, path)
     WeightFiles(path)  # no weights, or only pickled ones: our message, not transformers'
@@ -234,74 +236,3 @@ def _load(
                          f"differences: {'; '.join(problems[:6])}; use the config.json that "
                          "belongs to them")
     return full.eval()
-
-
-class _Recorder:
-    """An attention state that notes what the layers ask for."""
-
-    def __init__(self, inner: Attention) -> None:
-        self.inner = inner
-        self.layers: list[int] = []
-        self.shapes: set[tuple[int, int, int]] = set()
-        self.num_windows = 0
-
-    def __call__(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float,
-        window: int | None = None,
-    ) -> Tensor:
-        self.layers.append(layer)
-        self.shapes.add((query.shape[1], key.shape[1], query.shape[2]))
-        self.num_windows += window is not None
-        return self.inner(layer, query, key, value, scale=scale, window=window)
-
-
-@torch.no_grad()
-def _probe(
-    full: Any, backbone: HFBackbone, head: Callable[[Tensor], Tensor], path: str | Path
-) -> ModelSpec:
-    """Sizes of a model, after two packed sequences agreed with transformers' own forward."""
-    config = full.config
-    vocab_size = full.get_input_embeddings().weight.shape[0]
-    ids = [i for i in range(min(vocab_size, 64)) if i != config.pad_token_id]
-    sequences = [[ids[(i * 7 + shift) % len(ids)] for i in range(length)]
-                 for shift, length in ((1, 5), (3, 3))]
-    batch = pack_sequences(sequences, full.device)
-    recorder = _Recorder(PackedAttention(batch.cu_seqlens, batch.max_seqlen))
-    ours = head(backbone(batch.token_ids, batch.positions, recorder)[batch.cu_seqlens[1:] - 1])
-    full.set_attn_implementation("eager")
-    theirs = torch.stack([
-        full(input_ids=torch.tensor([s], device=full.device), use_cache=False).logits[0, ..., :]
-        .reshape(-1, ours.shape[-1])[-1] for s in sequences])
-    full.set_attn_implementation(ATTENTION_NAME)
-    gap = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
-    if gap > PROBE_TOLERANCE[full.dtype]:
-        raise ModelError(f"{path}: fastrl cannot run the architecture {config.model_type}: its "
-                         f"logits differ from transformers' by {gap:.1e} of the largest one; use "
-                         "another model")
-    num_layers, shapes = config.num_hidden_layers, recorder.shapes
-    sliding = [t for t in getattr(config, "layer_types", None) or () if t == "sliding_attention"]
-    if (sorted(recorder.layers) != list(range(num_layers)) or len(shapes) != 1
-            or recorder.num_windows < len(sliding)):
-        raise ModelError(f"{path}: fastrl cannot run the architecture {config.model_type}: its "
-                         f"{num_layers} layers made {len(recorder.layers)} attention calls with "
-                         f"{len(shapes)} shapes and {recorder.num_windows} windows; use another "
-                         "model")
-    return _spec(config, vocab_size, backbone, *next(iter(shapes)))
-
-
-def _spec(
-    config: Any, vocab_size: int, backbone: HFBackbone, num_heads: int, num_kv_heads: int,
-    head_dim: int,
-) -> ModelSpec:
-    eos = config.eos_token_id
-    # Past its original length `longrope` turns to other frequencies for the whole batch at once.
-    rotary = getattr(config, "rope_parameters", None) or {}
-    longest = config.max_position_embeddings
-    if rotary.get("rope_type") == "longrope":
-        longest = rotary.get("original_max_position_embeddings", longest)
-    return ModelSpec(
-        architecture=config.model_type, num_layers=config.num_hidden_layers, num_heads=num_heads,
-        num_kv_heads=num_kv_heads, head_dim=head_dim, hidden_size=config.hidden_size,
-        vocab_size=vocab_size, max_positions=longest,
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-    )

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastrl.models.decoder import DecoderConfig
+from fastrl.models.config import DecoderConfig
 
 TRUNK_PREFIX: dict[str, str] = {
     "llama": "model.", "mistral": "model.", "qwen2": "model.", "qwen3": "model.",
@@ -56,7 +56,8 @@ class Source:
         if self.layout == "transposed":
             return tensors[0].t()
         if self.layout == "by_head":
-            return tensors[0].unflatten(0, (self.num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+            heads = tensors[0].reshape(self.num_heads, 3, -1, *tensors[0].shape[1:])
+            return heads.transpose(0, 1).flatten(0, 2)
         return tensors[0]
 
     def split(self, tensor: Tensor) -> list[Tensor]:
@@ -66,7 +67,8 @@ class Source:
         if self.layout == "transposed":
             return [tensor.t()]
         if self.layout == "by_head":
-            return [tensor.unflatten(0, (3, self.num_heads, -1)).transpose(0, 1).flatten(0, 2)]
+            parts = tensor.reshape(3, self.num_heads, -1, *tensor.shape[1:])
+            return [parts.transpose(0, 1).flatten(0, 2)]
         return [tensor]
 
 

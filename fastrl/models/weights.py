@@ -10,18 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+import fastrl.models.folder as files_of
+import fastrl.models.hf as hf
 from fastrl.errors import ModelError
-from fastrl.models import folder as files_of
-from fastrl.models import hf
 from fastrl.models.causal_lm import CausalLM, ScalarModel
-from fastrl.models.decoder import Decoder, DecoderConfig, causal_lm, empty_decoder
-from fastrl.models.families import (
-    CAUSAL_CLASSES,
-    SCALAR_CLASSES,
-    NotNativeError,
-    read_config,
-    write_config,
-)
+from fastrl.models.config import DecoderConfig
+from fastrl.models.decoder import Decoder, causal_lm, empty_decoder
+from fastrl.models.families import CAUSAL_CLASSES, SCALAR_CLASSES
 from fastrl.models.folder import SavesTokenizer, WeightFiles
 from fastrl.models.heads import ScalarHead
 from fastrl.models.names import (
@@ -31,6 +26,8 @@ from fastrl.models.names import (
     Source,
     trunk_sources,
 )
+from fastrl.models.read_config import NotNativeError, read_config
+from fastrl.models.write_config import write_config
 
 Implementation = Literal["auto", "native", "transformers"]
 
@@ -64,11 +61,13 @@ def load_causal_lm(
                   if n in files.names()]
     head_name = head_names[0] if head_names else LM_HEAD_NAMES[config.family]
     config = _without_false_tie(config, files, head_name)
+    trunk = _located_trunk(config, files)
+    head = {} if config.tie_embeddings else {head_name: [config.vocab_size, config.hidden_size]}
+    _check_fit(config, trunk, head, files, also_known=set(head_names))
     model = causal_lm(empty_decoder(config, files_of.dtype_named(dtype), device))
-    wanted = _trunk_parameters(model.backbone, files)
+    _fill_trunk(model.backbone, trunk, files)
     if not config.tie_embeddings:
-        wanted[head_name] = (Source((head_name,)), model.lm_head.weight)
-    _fill(wanted, files, also_known=set(head_names))
+        _fill(model.lm_head.weight, Source((head_name,)), files)
     return model.eval()
 
 
@@ -97,13 +96,13 @@ def load_scalar_model(
     if "score.weight" not in files.names():
         raise ModelError(f"{path}: expected a reward model with a scalar head (score.weight), got "
                          f"a {_class_name(raw)} without one; train a reward model first")
+    trunk = _located_trunk(config, files)
+    _check_fit(config, trunk, {"score.weight": [1, config.hidden_size]}, files,
+               also_known={"lm_head.weight", LM_HEAD_NAMES[config.family]})
     backbone = empty_decoder(config, files_of.dtype_named(dtype), device)
-    weight = nn.Parameter(torch.empty_like(backbone.embed.weight[:1]))  # [1, D]
-    wanted = _trunk_parameters(backbone, files)
-    wanted["score.weight"] = (Source(("score.weight",)), weight)
-    _fill(wanted, files, also_known={"lm_head.weight", LM_HEAD_NAMES[config.family]})
-    head = ScalarHead(nn.Parameter(weight.detach()[0]), float(bias))
-    return ScalarModel(backbone, head, config.spec).eval()
+    _fill_trunk(backbone, trunk, files)
+    weight = files.read("score.weight")[0].to(device, files_of.dtype_named(dtype))
+    return ScalarModel(backbone, ScalarHead(nn.Parameter(weight), float(bias)), config.spec).eval()
 
 
 def save_causal_lm(
@@ -155,20 +154,12 @@ def save_scalar_model(
         hf.save_scalar_model(model, target, extra, max_shard_bytes)
     else:
         config = _decoder(model).config
-        pad = padding_id(config.pad_token_id, config.eos_token_ids, config.bos_token_id)
+        pad = files_of.padding_id(config.pad_token_id, config.eos_token_ids, config.bos_token_id)
         raw = write_config(config) | extra | {
             "architectures": [SCALAR_CLASSES[config.family]], "pad_token_id": pad}
         tensors = _trunk_tensors(_decoder(model)) | {"score.weight": model.head.weight[None]}
         _write_folder(target, raw, tensors, max_shard_bytes)
     files_of.write_tokenizer(target, tokenizer_from)
-
-
-def padding_id(present: int | None, eos_token_ids: tuple[int, ...], bos: int | None) -> int:
-    """The checkpoint's padding token, or the first token that neither begins nor ends texts."""
-    if present is not None and present not in eos_token_ids:
-        return present
-    taken = {*eos_token_ids, bos}
-    return next(i for i in range(len(taken) + 1) if i not in taken)
 
 
 def _native_config(raw: dict[str, Any], implementation: Implementation) -> DecoderConfig | None:
@@ -188,8 +179,8 @@ def _native_config(raw: dict[str, Any], implementation: Implementation) -> Decod
 
 
 def _class_name(raw: dict[str, Any]) -> str:
-    names = raw.get("architectures") or [raw.get("model_type")]
-    return str(names[0])
+    names = raw.get("architectures")
+    return str(names[0] if isinstance(names, list) and names else raw.get("model_type"))
 
 
 def _refuse_classifier(raw: dict[str, Any], path: str | Path) -> None:
@@ -227,29 +218,24 @@ def _without_false_tie(config: DecoderConfig, files: WeightFiles, head_name: str
     return config if tied else dataclasses.replace(config, tie_embeddings=False)
 
 
-def _trunk_parameters(
-    backbone: nn.Module, files: WeightFiles
-) -> dict[str, tuple[Source, nn.Parameter]]:
-    """Native name -> (source with the names of these files, parameter to fill)."""
-    assert isinstance(backbone, Decoder)
-    prefix = TRUNK_PREFIX[backbone.config.family]
+def _located_trunk(config: DecoderConfig, files: WeightFiles) -> dict[str, Source]:
+    """Sources of the trunk's parameters under the names that these files use."""
+    prefix = TRUNK_PREFIX[config.family]
     if not any(name.startswith(prefix) for name in files.names()):
-        prefix = ""
-    parameters = dict(backbone.named_parameters())
-    return {
-        native: (dataclasses.replace(source, names=tuple(prefix + n for n in source.names)),
-                 parameters[native])
-        for native, source in trunk_sources(backbone.config).items()
-    }
+        prefix = ""  # saved without a head
+    return {native: dataclasses.replace(source, names=tuple(prefix + n for n in source.names))
+            for native, source in trunk_sources(config).items()}
 
 
-@torch.no_grad()
-def _fill(
-    wanted: dict[str, tuple[Source, nn.Parameter]], files: WeightFiles, also_known: set[str]
+def _check_fit(
+    config: DecoderConfig, trunk: dict[str, Source], head: dict[str, list[int]],
+    files: WeightFiles, also_known: set[str],
 ) -> None:
-    """Read every parameter; all that is missing, unexpected or misshapen goes into one error."""
-    expected = {name: shape for source, parameter in wanted.values()
-                for name, shape in zip(source.names, source.shapes(parameter.shape), strict=True)}
+    """Everything missing, unexpected or misshapen in one error, before memory is taken."""
+    with torch.device("meta"):
+        shapes = {native: p.shape for native, p in Decoder(config).named_parameters()}
+    expected = head | {name: shape for native, source in trunk.items() for name, shape in
+                       zip(source.names, source.shapes(shapes[native]), strict=True)}
     present = files.names()
     problems = [f"missing {name}" for name in expected if name not in present]
     problems += [f"unexpected {name}" for name in sorted(present - set(expected) - also_known)
@@ -261,8 +247,16 @@ def _fill(
         shown = "; ".join(problems[:6]) + ("; ..." if len(problems) > 6 else "")
         raise ModelError(f"{files.folder}: the weights do not fit config.json, {len(problems)} "
                          f"differences: {shown}; use the config.json that belongs to them")
-    for source, parameter in wanted.values():
-        parameter.copy_(source.merge([files.read(name) for name in source.names]))
+
+
+@torch.no_grad()
+def _fill(parameter: nn.Parameter, source: Source, files: WeightFiles) -> None:
+    parameter.copy_(source.merge([files.read(name) for name in source.names]))
+
+
+def _fill_trunk(backbone: nn.Module, trunk: dict[str, Source], files: WeightFiles) -> None:
+    for native, parameter in backbone.named_parameters():
+        _fill(parameter, trunk[native], files)
 
 
 def _trunk_tensors(decoder: Decoder) -> dict[str, Tensor]:
