@@ -269,8 +269,8 @@ class TextEncoder:
     def _make_layout(self, roles: tuple[str, ...], add_generation_prompt: bool
                      ) -> tuple[_Segment, ...]:
         rendered = self._template.render(roles, add_generation_prompt=add_generation_prompt)
-        cuts = [] if add_generation_prompt else self._find_turns(rendered, roles)
-        if cuts and roles[-1] == "assistant":
+        cuts = self._find_turns(rendered, roles)
+        if cuts and roles[-1] == "assistant" and not add_generation_prompt:
             rendered = rendered[:cuts[-1][1]]
         segments: list[_Segment] = []
         position: Position = "start"
