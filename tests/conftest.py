@@ -20,6 +20,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
 
 torch.set_num_threads(1)
+with torch.device("cpu"):
+    torch.empty(0)  # torch now remembers the real functions for `with torch.device("meta")`
 
 
 @pytest.fixture
