@@ -1,5 +1,6 @@
 """The command line: every command answers, mistakes are named, help is fast."""
 
+import json
 import statistics
 import subprocess
 import sys
@@ -10,11 +11,15 @@ from typing import Any
 
 import pytest
 
+import fastrl.demo.run
 import fastrl.pipeline
-import fastrl.report
 from fastrl import cli
 from fastrl.config import PPOConfig, SamplingConfig
+from fastrl.data import word_tokenizer
 from fastrl.errors import ConfigError, DataError
+from fastrl.models import new_decoder
+from fastrl.models.families import decoder_config
+from fastrl.models.weights import save_causal_lm
 from fastrl.options import Parser, field_sentences, options, read_options
 from fastrl.runs import PPORun, RankRun, RewardRun, SFTRun
 
@@ -29,6 +34,20 @@ def read(*argv: str, cls: type = PPORun) -> Any:
 def run_cli(*argv: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "fastrl", *argv], capture_output=True, text=True,
                           cwd=cwd or Path(__file__).parents[1], timeout=120)
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Path:
+    """A folder with a tiny random model `m`, demonstrations and prompts."""
+    words = [f"w{i}" for i in range(20)]
+    encoder = word_tokenizer(words, tmp_path / "tokenizer")
+    config = decoder_config("llama", vocab_size=encoder.max_token_id + 1, hidden_size=16,
+                            num_layers=1, num_heads=2, max_positions=32,
+                            eos_token_ids=encoder.eos_token_ids)
+    save_causal_lm(new_decoder(config, seed=0), tmp_path / "m", tokenizer_from=encoder.path)
+    rows = [{"prompt": f"w{i} w1", "completion": "w2 w3"} for i in range(12)]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
 
 
 # Help and start-up
@@ -255,3 +274,47 @@ def test_mistakes_of_run(argv: list[str], message: str,
                          capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_stage_from_the_command_line(workshop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["sft", "--model_name_or_path", str(workshop / "m"), "--data",
+            str(workshop / "sft.jsonl"), "--output_dir", str(workshop / "out"), "--num_epochs",
+            "1", "--batch_size", "4", "--device", "cpu"]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert f"model   {workshop / 'out' / 'model'}" in out
+    assert f"report  {workshop / 'out' / 'report.html'}" in out
+    assert (workshop / "out" / "model" / "config.json").exists()
+    assert "loss/train" in (workshop / "out" / "report.html").read_text()
+    assert cli.main(argv) == 2
+    assert "output_dir: expected a new or empty folder" in capsys.readouterr().err
+
+
+def test_a_saved_config_repeats_a_run(workshop: Path) -> None:
+    argv = ["--num_epochs", "1", "--batch_size", "4", "--device", "cpu", "--quiet"]
+    first, second = workshop / "a", workshop / "b"
+    assert cli.main(["sft", "--model_name_or_path", str(workshop / "m"), "--data",
+                     str(workshop / "sft.jsonl"), "--output_dir", str(first), *argv]) == 0
+    assert cli.main(["sft", "--config", str(first / "config.yaml"), "--output_dir", str(second),
+                     "--quiet"]) == 0
+    assert (first / "metrics.jsonl").read_text() == (second / "metrics.jsonl").read_text()
+
+
+def test_broken_data_is_named_before_anything_is_written(workshop: Path,
+                                                         capsys: pytest.CaptureFixture[str]
+                                                         ) -> None:
+    (workshop / "sft.jsonl").write_text('{"prompt": "w1", "completion": "w2"}\n{"prompt": "w1"}\n')
+    assert cli.main(["sft", "--model_name_or_path", str(workshop / "m"), "--data",
+                     str(workshop / "sft.jsonl"), "--output_dir", str(workshop / "out")]) == 2
+    err = capsys.readouterr().err
+    assert "sft.jsonl" in err and "line 2" in err and "completion" in err
+    assert not (workshop / "out").exists()
+
+
+def test_demo_gets_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(fastrl.demo.run, "run_demo",
+                        lambda output_dir, **kwargs: calls.append({"to": output_dir, **kwargs}))
+    assert cli.main(["demo", "--output_dir", str(tmp_path), "--seed", "4"]) == 0
+    assert calls[0]["to"] == str(tmp_path) and calls[0]["seed"] == 4
+    assert cli.main(["demo", "--seed", "-1"]) == 2
