@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+from fastrl.backends import chosen_backends
 from fastrl.config import to_dict
 from fastrl.errors import ConfigError
 
@@ -100,7 +101,7 @@ class PhaseTimer:
 class RunFolder:
     """The folder of one run, and the only way trainers write to disk.
 
-    Files: `config.yaml` (every setting), `run.json` (stage, versions, device, lineage),
+    Files: `config.yaml` (every setting), `run.json` (stage, versions, device, lineage, backends),
     `metrics.jsonl` (values that an equal run repeats bit for bit), `timing.jsonl` (seconds, tokens
     per second, memory), `samples.jsonl`, `model/` (written by the stage), and last `finished.json`:
     a folder without it holds a run that did not end.
@@ -185,7 +186,8 @@ class RunFolder:
         self.write_json("run.json", {**known, **facts})
 
     def finish(self, summary: Mapping[str, Any] | None = None) -> None:
-        """Close the sinks, then write finished.json: the run is complete."""
+        """Note the backends, close the sinks, then write finished.json: the run is complete."""
+        self.update_run({"backends": chosen_backends()})
         self.close()
         now = time.time()
         self.write_json("finished.json", {

@@ -5,12 +5,14 @@ import json
 import math
 
 import pytest
+import torch
 import yaml
 
 from fastrl.config import PPOConfig, SFTConfig
 from fastrl.errors import ConfigError
 from fastrl.glossary import GLOSSARY, explain, to_markdown
 from fastrl.metrics import PhaseTimer, RunFolder, peak_memory_gib, to_json
+from fastrl.ops import masked_mean
 
 
 def read_lines(path):
@@ -27,12 +29,14 @@ def test_files_of_a_run(tmp_path):
         facts = json.loads((path / "run.json").read_text())
         assert facts["stage"] == "sft" and facts["lineage"] == {"data": "abc"}
         assert facts["versions"]["torch"] and facts["device"]["type"] == "cpu"
-        run.update_run({"backends": {"gae": "torch"}})
+        run.update_run({"rows": 3})
+        masked_mean(torch.ones(2), torch.ones(2, dtype=torch.bool))
         run.log_samples(1, [{"prompt": "a", "response": "b", "score": 0.5}])
         assert not (path / "finished.json").exists()
         run.finish({"steps": 1})
     facts = json.loads((path / "run.json").read_text())
-    assert facts["backends"] == {"gae": "torch"} and facts["stage"] == "sft"
+    assert facts["rows"] == 3 and facts["stage"] == "sft"
+    assert facts["backends"]["masked_mean cpu float32"] == "torch"
     assert read_lines(path / "samples.jsonl") == [
         {"step": 1, "prompt": "a", "response": "b", "score": 0.5}]
     finished = json.loads((path / "finished.json").read_text())

@@ -51,7 +51,8 @@ class RewardTrainer:
         demonstrations: Prompt and completion in one example; they get mean reward 0.
         run: Where metrics and the report go; None writes nothing.
     Raises:
-        DataError: when no ranking is left, or a ranking is malformed.
+        DataError: when no ranking is left to train on or, where `eval` is given, to evaluate on;
+            when a ranking is malformed.
     Source: Ouyang et al. 2022 (arXiv 2203.02155), section 3.5, equation 1, and appendix C.2.
     """
 
@@ -77,6 +78,10 @@ class RewardTrainer:
                     "long; %d lost the beginning of the prompt", len(self.comparisons),
                     self.num_without_pair, self.num_too_long, self.num_truncated)
         self.eval = list(eval)
+        if self.eval:
+            fitting, _ = fit_comparisons(self.eval, config.max_seq_tokens)
+            require_rows([c for c in fitting if has_pair(c)],
+                         "held-out rankings with a pair of different ranks")
         self.demonstrations = [e.token_ids[-config.max_seq_tokens:] for e in demonstrations]
         self.steps_per_epoch = -(-len(self.comparisons) // config.batch_size)
         self.num_steps = config.max_steps or self.steps_per_epoch * config.num_epochs

@@ -60,7 +60,7 @@ class SFTTrainer:
             in `<run>/candidates/step-N` for `select_candidate`, and the last weights stay.
     Raises:
         ConfigError: when the settings ask for data or a judge that is not given.
-        DataError: when no example is left.
+        DataError: when no example is left, or an example is malformed.
     Source: Ouyang et al. 2022 (arXiv 2203.02155), section 3.5 and appendix C.1.
     """
 
@@ -79,6 +79,8 @@ class SFTTrainer:
         self.examples = usable_examples(train, config)
         require_rows(self.examples, "SFT data")
         self.eval, self.ptx = usable_examples(eval, config), list(ptx)
+        for index, window in enumerate(self.ptx):
+            check_example(window, index)
         self._check()
         self.num_dropped = len(train) - len(self.examples)
         if self.num_dropped:

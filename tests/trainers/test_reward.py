@@ -248,6 +248,8 @@ def test_rankings_without_a_pair_are_dropped_and_counted():
     assert trainer.num_without_pair == 2 and len(trainer.comparisons) == 3
     with pytest.raises(DataError, match="rankings with a pair of different ranks"):
         RewardTrainer(make_config(), make_model(), [tied, single])
+    with pytest.raises(DataError, match="held-out rankings with a pair"):
+        RewardTrainer(make_config(), make_model(), make_comparisons(3), eval=[tied])
 
 
 def test_long_prompts_lose_their_beginning_for_all_completions():

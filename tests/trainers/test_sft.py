@@ -131,6 +131,9 @@ def test_too_long_and_empty_examples_are_dropped_and_counted(caplog):
         SFTTrainer(make_config(max_seq_tokens=8), make_model(), examples[1:])
     with pytest.raises(DataError, match="example 0: expected loss_mask"):
         usable_examples([TokenExample((1, 2), (True, True))], make_config())
+    with pytest.raises(DataError, match="example 0: expected one loss_mask flag"):
+        SFTTrainer(make_config(ptx_ratio=1.0), make_model(), examples,
+                   ptx=[TokenExample((1, 2), (False,))])
 
 
 def test_equal_seeds_are_bit_equal_and_other_seeds_are_not():
