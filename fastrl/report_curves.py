@@ -33,7 +33,8 @@ def curves(kind: str, stages: Sequence[StageFiles], max_points: int) -> list[str
                       for style, stage in enumerate(stages) if metric in stage.metrics]
              for metric in names}
     plots = [_plot(metric, lines[metric], f"{kind}-{index}", max_points)
-             for index, metric in enumerate(HEADLINES) if metric in lines]
+             for index, metric in enumerate(HEADLINES)
+             if any(len(line.xs) > 1 for line in lines.get(metric, ()))]
     if "kl/policy_ref" in lines and "reward/score_mean" in lines:
         plots.append(_frontier(lines["reward/score_mean"], lines["kl/policy_ref"],
                                f"{kind}-frontier"))
@@ -85,7 +86,8 @@ def _reward_model(stage: StageFiles) -> str:
     rows = [_accuracy_row("all", report["overall"])]
     for title, key in (("source", "by_source"), ("K", "by_completions"),
                        ("score difference", "by_margin")):
-        rows += [_accuracy_row(f"{title} {name}", row) for name, row in report[key].items()]
+        if len(report[key]) > 1:
+            rows += [_accuracy_row(f"{title} {name}", row) for name, row in report[key].items()]
     accuracy = table(("held-out pairs", "pairs", "accuracy", "95% interval", "length alone",
                       "its rule"), rows, caption="Share ranked as people ranked them; chance is "
                      "0.5. Length alone prefers the longer, or the shorter, completion.")

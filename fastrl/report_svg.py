@@ -85,10 +85,11 @@ class _Axis:
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Lowest and highest with some air; a constant gets a band around it."""
+    """Lowest and highest with some air; what varies by less than a thousandth looks flat."""
     low, high = min(values), max(values)
-    air = 0.06 * (high - low) or 0.1 * abs(low) or 1.0
-    return low - air, high + air
+    size = max(abs(low), abs(high))
+    air = 0.06 * (high - low) if high - low > 1e-3 * size else 0.1 * size
+    return (low - air, high + air) if air else (low - 1.0, high + 1.0)
 
 
 def line_plot(title: str, series: Sequence[Series], x_label: str, *, label_id: str,

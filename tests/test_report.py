@@ -263,6 +263,13 @@ def test_plots_of_constants_and_single_points() -> None:
         assert "nan" not in svg and Page(svg).open == []
 
 
+def test_noise_of_a_constant_looks_flat() -> None:
+    svg = line_plot("t", [Series("a", (1.0, 2.0, 3.0), (-1.0, -1.0000001, -1.0))], "step",
+                    label_id="p")
+    heights = re.findall(r"[ML]([\d.]+) ([\d.]+)", svg[svg.index('class="line"'):])
+    assert len({y for _, y in heights[:3]}) == 1
+
+
 def test_intervals_lie_where_their_numbers_say() -> None:
     svg = interval_plot("wins", [Interval("a over b", 0.5, 0.0, 1.0)], label_id="w")
     assert 'd="M16.0 34H344.0"' in svg and 'cx="180.0"' in svg
