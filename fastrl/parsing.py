@@ -11,6 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from fastrl.config import to_dict
 from fastrl.errors import ConfigError
 from fastrl.yaml_file import check_keys
 
@@ -37,12 +38,21 @@ def parse_config(cls: type[Config], values: Mapping[str, Any], where: str) -> Co
     if missing:
         raise ConfigError(f"{where}: missing {', '.join(map(repr, missing))}; "
                           "these settings have no default, add them")
-    parsed = {name: _parse(hints[name], value, f"{where}: {name}")
+    defaults = {field.name: field.default for field in fields}
+    parsed = {name: _parse(hints[name], _completed(value, defaults[name]), f"{where}: {name}")
               for name, value in values.items()}
     try:
         return cls(**parsed)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def _completed(value: Any, default: Any) -> Any:
+    """Settings of a nested config; those left out are of the field's default, not of its class."""
+    if (isinstance(value, Mapping) and dataclasses.is_dataclass(default)
+            and not isinstance(default, type)):
+        return {**to_dict(default), **value}
+    return value
 
 
 def _parse(hint: Any, value: Any, where: str) -> Any:

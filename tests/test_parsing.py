@@ -2,10 +2,10 @@
 
 import pytest
 
-from fastrl.config import PPOConfig, SFTConfig, to_dict
+from fastrl.config import PPOConfig, SamplingConfig, SFTConfig, to_dict
 from fastrl.errors import ConfigError
 from fastrl.parsing import parse_config
-from fastrl.runs import EvaluateRun, PPORun, SFTRun
+from fastrl.runs import EvaluateRun, PPORun, RankRun, SFTRun
 
 PPO = {"model_name_or_path": "m", "output_dir": "o", "prompts": ["p.jsonl"], "reward_model": "r"}
 
@@ -64,3 +64,10 @@ def test_missing_fields_are_named_together():
 
 def test_defaults_stay():
     assert parse_config(SFTConfig, {}, "here") == SFTConfig()
+
+
+def test_nested_settings_left_out_are_of_the_field():
+    values = {"model_name_or_path": "m", "prompts": "p", "output_dir": "o",
+              "sampling": {"temperature": 0.8}}
+    run = parse_config(RankRun, values, "here")
+    assert run.sampling == SamplingConfig(temperature=0.8, max_new_tokens=64)
