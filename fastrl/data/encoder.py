@@ -11,35 +11,19 @@ generation, and a token never holds a piece of each.
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from fastrl.data.folder import TOKENIZER_FILES, TokenizerFolder, read_folder
+from fastrl.data.layout import Layout, Segment
 from fastrl.data.messages import Message, Messages, parse_messages
 from fastrl.data.plain import PlainTokenizer, Position, TokenizersErrors
-from fastrl.data.template import PLAIN_FORMAT, ChatTemplate, Slot, find_slot, split_slots
+from fastrl.data.template import PLAIN_FORMAT, ChatTemplate, Slot
 from fastrl.errors import DataError, ModelError
 
 PromptFormat = Literal["auto", "text", "chat"]
 """What a prompt given as one text is: "chat" makes it a user message, "text" leaves it as it is,
 "auto" is chat where the tokenizer has a chat template."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Segment:
-    """A stretch of a rendered conversation that is encoded on its own."""
-
-    parts: tuple[int | str | Slot, ...]
-    """Added tokens by id, template text, and places of contents."""
-    position: Position
-    is_target: bool
-    """True for what the assistant writes: its content and the token that ends its turn."""
-
-    @property
-    def ends_turn(self) -> bool:
-        """True when the segment ends in an added token."""
-        return bool(self.parts) and isinstance(self.parts[-1], int)
 
 
 class TextEncoder:
@@ -67,9 +51,9 @@ class TextEncoder:
         if source is None:
             source = PLAIN_FORMAT
             names["eos"] = names.get("eos_token", "")
-        self._template = ChatTemplate(source, names, str(folder.path))
+        template = ChatTemplate(source, names, str(folder.path))
+        self._layout = Layout(template, folder.tokenizer, folder.added_ids)
         self._bos_ids = self._find_bos_ids()
-        self._segments: dict[tuple[tuple[str, ...], bool], tuple[_Segment, ...]] = {}
         self.eos_token_ids = self._find_eos_ids()
         """Tokens that end a response: of the template's turn, the tokenizer, and
         generation_config.json, in this order."""
@@ -126,7 +110,7 @@ class TextEncoder:
             assert isinstance(prompt, str)
             return self._bos_ids + self.encode_text(prompt)
         ids: list[int] = []
-        for segment in self._layout(tuple(m.role for m in messages), True):
+        for segment in self._layout.segments(tuple(m.role for m in messages), True):
             ids += self._encode_segment(segment, messages)
         return self._with_bos(ids)
 
@@ -144,7 +128,7 @@ class TextEncoder:
             ids = self.encode_text(text, "after_text")
             return ids + self._eos() if end else ids
         messages = (*messages, Message("assistant", text))
-        segment = self._layout(tuple(m.role for m in messages), False)[-1]
+        segment = self._layout.segments(tuple(m.role for m in messages), False)[-1]
         if not segment.is_target:
             raise DataError(f"messages: the chat template of {self.path} leaves out the "
                             "assistant's answer; use another template")
@@ -166,7 +150,7 @@ class TextEncoder:
         parsed = parse_messages(messages, "messages", _fail)
         ids: list[int] = []
         loss_mask: list[bool] = []
-        segments = self._layout(tuple(m.role for m in parsed), False)
+        segments = self._layout.segments(tuple(m.role for m in parsed), False)
         for segment in segments:
             new = self._encode_segment(segment, parsed)
             if segment is segments[-1] and segment.is_target and not segment.ends_turn:
@@ -238,14 +222,14 @@ class TextEncoder:
     def _find_eos_ids(self) -> tuple[int, ...]:
         ids: list[int] = []
         try:
-            last = self._layout(("user", "assistant"), False)[-1]
+            last = self._layout.segments(("user", "assistant"), False)[-1]
         except DataError:  # a template for other roles
             last = None
         if last is not None and last.is_target and last.ends_turn:
             ids += [part for part in last.parts[-1:] if isinstance(part, int)]
         return tuple(dict.fromkeys([*ids, *self._eos(), *self._folder.eos_token_ids]))
 
-    def _encode_segment(self, segment: _Segment, messages: Sequence[Message]) -> list[int]:
+    def _encode_segment(self, segment: Segment, messages: Sequence[Message]) -> list[int]:
         ids: list[int] = []
         text, position = "", segment.position
         for part in segment.parts:
@@ -258,82 +242,6 @@ class TextEncoder:
             else:
                 text += part
         return ids + self.encode_text(text, position) if text else ids
-
-    def _layout(self, roles: tuple[str, ...], add_generation_prompt: bool) -> tuple[_Segment, ...]:
-        """The segments of a conversation with these roles; computed once for each list of roles."""
-        key = roles, add_generation_prompt
-        if key not in self._segments:
-            self._segments[key] = self._make_layout(roles, add_generation_prompt)
-        return self._segments[key]
-
-    def _make_layout(self, roles: tuple[str, ...], add_generation_prompt: bool
-                     ) -> tuple[_Segment, ...]:
-        rendered = self._template.render(roles, add_generation_prompt=add_generation_prompt)
-        cuts = self._find_turns(rendered, roles)
-        if cuts and roles[-1] == "assistant" and not add_generation_prompt:
-            rendered = rendered[:cuts[-1][1]]
-        segments: list[_Segment] = []
-        position: Position = "start"
-        edges = [0, *(edge for cut in cuts for edge in cut), len(rendered)]
-        for i, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
-            parts = self._parts(rendered[begin:end])
-            if parts:
-                segments.append(_Segment(parts, position, is_target=i % 2 == 1))
-                position = "after_token" if isinstance(parts[-1], int) else "after_text"
-        return tuple(segments)
-
-    def _find_turns(self, rendered: str, roles: tuple[str, ...]) -> list[tuple[int, int]]:
-        """Where each assistant turn begins and ends in the rendered template.
-
-        It begins where a generation prompt for the turns before it ends, if the template agrees
-        with itself so far, else at the content. It ends behind the end-of-turn token.
-        """
-        cuts: list[tuple[int, int]] = []
-        last = 0
-        for i, role in enumerate(roles):
-            found = find_slot(rendered, i, last) if role == "assistant" else None
-            if found is None:
-                continue
-            begin, end = found
-            if i > 0:
-                before = self._template.render(roles[:i], add_generation_prompt=True)
-                if rendered.startswith(before) and last <= len(before) <= begin:
-                    begin = len(before)
-            last = self._turn_end(rendered, end)
-            cuts.append((begin, last))
-        return cuts
-
-    def _turn_end(self, rendered: str, end: int) -> int:
-        """The end of the added token that follows, if only white space is between."""
-        following = split_slots(rendered[end:])[:1]
-        if not following or not isinstance(following[0], str):
-            return end
-        added = self._find_added(following[0])
-        if added and not following[0][:added[0][0]].strip():
-            return end + added[0][1]
-        return end
-
-    def _parts(self, rendered: str) -> tuple[int | str | Slot, ...]:
-        parts: list[int | str | Slot] = []
-        for piece in split_slots(rendered):
-            if isinstance(piece, Slot):
-                parts.append(piece)
-                continue
-            at = 0
-            for begin, end, token_id in self._find_added(piece):
-                parts += [piece[at:begin]] if begin > at else []
-                parts.append(token_id)
-                at = end
-            parts += [piece[at:]] if at < len(piece) else []
-        return tuple(parts)
-
-    def _find_added(self, text: str) -> list[tuple[int, int, int]]:
-        """(begin, end, id) of the added tokens in the template's own text."""
-        with TokenizersErrors(str(self.path)):
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return [(begin, end, token_id) for (begin, end), token_id
-                in zip(encoding.offsets, encoding.ids, strict=True)
-                if token_id in self._folder.added_ids]
 
 
 def _fail(field: str, expected: str, got: str) -> DataError:

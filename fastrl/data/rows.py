@@ -5,27 +5,21 @@ for, so a caller that must not start on broken data reads the whole file first.
 """
 
 import csv
-import gzip
 import importlib.util
 import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, NoReturn
 
+from fastrl.data import lines
+from fastrl.data.lines import read_lines, row_error
 from fastrl.errors import DataError
 
-MAX_LINE_BYTES = 64 * 2**20
-"""Longest line that is read; a longer one is an error, so that no file can fill the memory."""
-MAX_UNPACKED_BYTES = 4 * 2**30
-"""Most bytes that a compressed file may unpack to."""
 MAX_DEPTH = 64
 """Deepest nesting of lists and objects in a row."""
 DATASETS_PREFIX = "datasets:"
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
-
-_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +35,8 @@ class Row:
 
     def error(self, field: str, expected: str, got: str) -> DataError:
         """The error that this row's `field` is not what was expected."""
-        return _error(self.file, self.line, f"field {field!r}: expected {expected}, got {got}",
-                      self.unit)
+        return row_error(self.file, self.line, f"field {field!r}: expected {expected}, got {got}",
+                         self.unit)
 
     def text(self, field: str) -> str:
         """The text in `field`.
@@ -117,10 +111,6 @@ def describe(value: object) -> str:
             return f"a value of type {type(value).__name__}"
 
 
-def _error(file: str, line: int, problem: str, unit: str = "line") -> DataError:
-    return DataError(f"{file}, {unit} {line}, {problem}; correct or remove the row")
-
-
 def read_rows(path: str | Path) -> Iterator[Row]:
     """Yield the rows of a data file.
 
@@ -163,63 +153,13 @@ def _rows(file: str) -> Iterator[Row]:
                     f"got {suffix or 'no ending'!r}; rename or convert it")
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text) of a UTF-8 file, plain or `.gz`; line ends are left out.
-
-    Raises:
-        DataError: when the file cannot be read, is not UTF-8, or is beyond the limits above.
-    """
-    file = str(path)
-    total = 0
-    with _open(file) as stream:
-        number = 0
-        while raw := _readline(stream, file, number + 1):
-            number += 1
-            total += len(raw)
-            if file.endswith(".gz") and total > MAX_UNPACKED_BYTES:
-                raise DataError(f"{file}: expected at most {MAX_UNPACKED_BYTES:,} bytes unpacked, "
-                                "got more; split the file")
-            yield number, _decode(raw, file, number)
-
-
-def _open(file: str) -> BinaryIO:
-    try:
-        return cast(BinaryIO, gzip.open(file)) if file.endswith(".gz") else open(file, "rb")
-    except (OSError, ValueError) as error:  # ValueError: a name with a null character
-        raise DataError(f"{file}: expected a file that can be read, got {error}") from error
-
-
-def _readline(stream: BinaryIO, file: str, number: int) -> bytes:
-    try:
-        raw = stream.readline(MAX_LINE_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file}, line {number}: expected a file that can be read to its end, "
-                        f"got {error}; fetch or compress it again") from error
-    if len(raw) > MAX_LINE_BYTES:
-        raise DataError(f"{file}, line {number}: expected at most {MAX_LINE_BYTES:,} bytes in a "
-                        "line, got more; is it the format that its name says?")
-    return raw
-
-
-def _decode(raw: bytes, file: str, number: int) -> str:
-    """The text of one line without its line end; the first line loses a byte order mark."""
-    if number == 1:
-        raw = raw.removeprefix(_BOM)
-    raw = raw.removesuffix(b"\n").removesuffix(b"\r")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _error(file, number, f"byte {error.start + 1}: expected UTF-8, got the byte "
-                     f"0x{raw[error.start]:02X}") from error
-
-
 def _read_jsonl(file: str) -> Iterator[Row]:
     for number, text in read_lines(file):
         if not text.strip():
             continue
         value = _parse_json(text, file, number)
         if not isinstance(value, dict):
-            raise _error(file, number, f"the row: expected a JSON object, got {describe(value)}")
+            raise row_error(file, number, f"the row: expected a JSON object, got {describe(value)}")
         yield Row(file, number, value)
 
 
@@ -231,7 +171,8 @@ def _read_json(file: str) -> Iterator[Row]:
                         "one object a line is named .jsonl")
     for number, value in enumerate(values, 1):
         if not isinstance(value, dict):
-            raise _error(file, number, f"the row: expected an object, got {describe(value)}", "row")
+            raise row_error(file, number, f"the row: expected an object, got {describe(value)}",
+                            "row")
         yield Row(file, number, value, "row")
 
 
@@ -243,13 +184,13 @@ def _parse_json(text: str, file: str, first_line: int) -> Any:
             raise RecursionError
         return value
     except json.JSONDecodeError as error:
-        raise _error(file, first_line + error.lineno - 1, f"column {error.colno}: expected valid "
-                     f"JSON, got: {error.msg}") from error
+        raise row_error(file, first_line + error.lineno - 1, f"column {error.colno}: expected "
+                        f"valid JSON, got: {error.msg}") from error
     except RecursionError as error:
-        raise _error(file, first_line, f"the row: expected at most {MAX_DEPTH} levels of lists "
-                     "and objects, got more") from error
+        raise row_error(file, first_line, f"the row: expected at most {MAX_DEPTH} levels of lists "
+                        "and objects, got more") from error
     except ValueError as error:
-        raise _error(file, first_line, f"the row: {error}") from error
+        raise row_error(file, first_line, f"the row: {error}") from error
 
 
 def _depth(value: object) -> int:
@@ -275,7 +216,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _read_csv(file: str, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(MAX_LINE_BYTES)
+    csv.field_size_limit(lines.MAX_LINE_BYTES)
     reader = csv.reader((text + "\n" for _, text in read_lines(file)), delimiter=delimiter,
                         strict=True)
     names: list[str] | None = None
@@ -284,7 +225,7 @@ def _read_csv(file: str, delimiter: str) -> Iterator[Row]:
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise _error(file, line, f"the row: expected CSV, got: {error}") from error
+            raise row_error(file, line, f"the row: expected CSV, got: {error}") from error
         if fields is None:
             return
         if not fields:  # a blank line
@@ -292,26 +233,27 @@ def _read_csv(file: str, delimiter: str) -> Iterator[Row]:
         if names is None:
             names = fields
             if len(set(names)) < len(names):
-                raise _error(file, line, "the header: expected each column once, got one twice")
+                raise row_error(file, line, "the header: expected each column once, got one twice")
         elif len(fields) != len(names):
-            raise _error(file, line, f"the row: expected {len(names)} columns, got {len(fields)}")
+            raise row_error(file, line, f"the row: expected {len(names)} columns, got "
+                            f"{len(fields)}")
         else:
             yield Row(file, line, dict(zip(names, fields, strict=True)))
 
 
 def _read_paragraphs(file: str) -> Iterator[Row]:
     """Paragraphs are separated by blank lines."""
-    lines: list[str] = []
+    paragraph: list[str] = []
     first = 0
     for number, text in read_lines(file):
         if text.strip():
-            first = first if lines else number
-            lines.append(text)
-        elif lines:
-            yield Row(file, first, {"text": "\n".join(lines)})
-            lines = []
-    if lines:
-        yield Row(file, first, {"text": "\n".join(lines)})
+            first = first if paragraph else number
+            paragraph.append(text)
+        elif paragraph:
+            yield Row(file, first, {"text": "\n".join(paragraph)})
+            paragraph = []
+    if paragraph:
+        yield Row(file, first, {"text": "\n".join(paragraph)})
 
 
 def _need(package: str, what: str, remedy: str) -> None:
@@ -332,8 +274,8 @@ def _read_parquet(file: str) -> Iterator[Row]:
                 number += 1
                 yield Row(file, number, value, "row")
     except (OSError, pyarrow.ArrowException) as error:
-        raise _error(file, number + 1, f"the row: expected a parquet file, got: {error}",
-                     "row") from error
+        raise row_error(file, number + 1, f"the row: expected a parquet file, got: {error}",
+                        "row") from error
 
 
 def _read_datasets(file: str) -> Iterator[Row]:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 from fastrl.data.encoder import TextEncoder
+from fastrl.data.lines import read_lines
 from fastrl.data.report import Paths, file_names
-from fastrl.data.rows import read_lines, read_rows
+from fastrl.data.rows import read_rows
 from fastrl.errors import ConfigError, DataError
 from fastrl.types import TokenExample
 

@@ -230,7 +230,8 @@ def test_tokens_that_only_the_config_names(tmp_path: Path, folder_writer: Callab
     config = {"eos_token": "<|endoftext|>", "bos_token": {"content": "The"},
               "added_tokens_decoder": {str(size): {"content": "<extra>", "special": True}},
               "extra_special_tokens": ["girl"]}
-    folder = folder_writer(tmp_path / "m", source, [], config, "{{ messages[0]['content'] }}<extra>")
+    template = "{{ messages[0]['content'] }}<extra>"
+    folder = folder_writer(tmp_path / "m", source, [], config, template)
     encoder = load_encoder(folder)
     assert encoder.id_of("<extra>") == size == encoder.max_token_id
     assert {size, encoder.id_of("The")} <= encoder.added_token_ids

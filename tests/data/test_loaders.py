@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fastrl.data import (
     TextEncoder,
@@ -235,3 +237,28 @@ def test_windows_need_text(own: TextEncoder, tmp_path: Path) -> None:
         load_text_windows(tmp_path / "empty.txt", own, 8)
     with pytest.raises(ConfigError, match="window: expected at least 2 tokens, got 1"):
         load_text_windows(tmp_path / "empty.txt", own, 1)
+
+
+FIELDS = ["prompt", "messages", "completion", "chosen", "rejected", "completions", "text", "source"]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    | st.sampled_from(["user", "assistant", "system"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["role", "content", "text", "rank", "type"]), inner, max_size=3),
+    max_leaves=8)
+
+
+@settings(max_examples=200, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=5), max_size=3))
+def test_whatever_rows_hold_only_data_errors_come(own: TextEncoder, tmp_path: Path, rows: Any
+                                                  ) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for load in (load_demonstrations, load_comparisons, load_prompts):
+        try:
+            items, report = load(path, own, 64)
+        except DataError as error:
+            assert str(path) in str(error)
+        else:
+            assert len(items) == report.kept

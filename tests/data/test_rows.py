@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastrl.data import read_rows, rows
+from fastrl.data import lines, read_rows
 from fastrl.errors import DataError
 
 
@@ -137,13 +137,13 @@ def test_compressed_file_that_is_not_or_is_cut_off(tmp_path):
 
 
 def test_compressed_file_that_unpacks_without_end(write, monkeypatch):
-    monkeypatch.setattr(rows, "MAX_UNPACKED_BYTES", 10_000)
+    monkeypatch.setattr(lines, "MAX_UNPACKED_BYTES", 10_000)
     path = write("d.jsonl.gz", LINES * 1000)
     assert "expected at most 10,000 bytes unpacked" in error_of(path)
 
 
 def test_line_without_end(write, monkeypatch):
-    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1000)
     path = write("d.jsonl.gz", LINES + b" " * 2000)
     assert error_of(path).startswith(", line 5: expected at most 1,000 bytes in a line")
 
@@ -161,11 +161,10 @@ def test_parquet_without_pyarrow(write, monkeypatch):
 
 def test_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
     path = tmp_path / "d.parquet"
     table = pyarrow.Table.from_pylist([{"a": "x", "m": [{"role": "user"}]}, {"a": "y", "m": []}])
-    pyarrow.parquet.write_table(table, path)
+    parquet.write_table(table, path)
     found = [(row.line, row.unit, row.value) for row in read_rows(path)]
     assert found == [(1, "row", {"a": "x", "m": [{"role": "user"}]}),
                      (2, "row", {"a": "y", "m": []})]
