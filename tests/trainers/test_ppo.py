@@ -21,6 +21,7 @@ from fastrl.metrics import RunFolder
 from fastrl.models.causal_lm import CausalLM
 from fastrl.models.decoder import new_decoder
 from fastrl.models.scoring import response_logprobs
+from fastrl.models.weights import load_causal_lm
 from fastrl.trainers.ppo_update import backward_critic, backward_policy
 from fastrl.types import Prompt, Rollout
 
@@ -51,6 +52,29 @@ def test_ratio_is_1_and_kl_is_0_at_the_start(
         assert metrics["logprob/num_recomputed"] == 0
         metrics = trainer.step()
     assert abs(metrics["kl/policy_ref"]) > 1e-3  # the policy did move
+
+
+@pytest.mark.parametrize("variant", ["ppo", "ptx", "raw log-probs"])
+def test_ratio_is_1_and_kl_is_0_on_the_generic_path(
+    task: SimpleNamespace, variant: str, tmp_path: Path
+) -> None:
+    """A model that is not native: transformers computes both sides, cached and packed."""
+    import transformers
+
+    torch.manual_seed(1)
+    transformers.OPTForCausalLM(transformers.OPTConfig(
+        vocab_size=13, hidden_size=16, word_embed_proj_dim=16, ffn_dim=24, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=32, init_std=0.4, bos_token_id=0,
+        pad_token_id=0, eos_token_id=1)).save_pretrained(tmp_path)
+    trainer = task.make_trainer(load_causal_lm(tmp_path), inputs={"ptx": task.PTX},
+                                learning_rate=1e-2, **VARIANTS[variant])
+    metrics = trainer.step()
+    assert abs(metrics["kl/policy_ref"]) < 1e-4
+    for _ in range(2):
+        assert metrics["ratio/first_minibatch_max_error"] < 1e-4
+        assert metrics["logprob/gap_max"] < 1e-4
+        metrics = trainer.step()
+    assert abs(metrics["kl/policy_ref"]) > 1e-3
 
 
 def test_one_token_task_reaches_the_known_optimum(task: SimpleNamespace) -> None:
