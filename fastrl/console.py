@@ -138,6 +138,8 @@ class Console:
                                 highlight=False, emoji=False, soft_wrap=not is_terminal,
                                 width=width or (None if is_terminal else 100))
         self.is_live = is_terminal and not quiet
+        self._answers: dict[str, Sequence[str]] = {}
+        self._prompts: Sequence[str] = ()
 
     def print(self, text: str = "") -> None:
         """Print one line for information; nothing in quiet mode."""
@@ -205,6 +207,20 @@ class Console:
             texts = (prompt, *(column[index] for column in answers.values()))
             table.add_row(*[Text(printable(text)) for text in texts])
         self.rich.print(table)
+
+    def answers(self, name: str, step: int, prompts: Sequence[str], answers: Sequence[str]) -> None:
+        """Print what a model in training answers now, beside the last answers of earlier ones.
+
+        Args:
+            name: The model; its earlier answers are replaced.
+            step: Steps it has trained.
+            prompts: One text per row; other prompts than before start a new board.
+            answers: One text per prompt.
+        """
+        if list(prompts) != list(self._prompts):
+            self._prompts, self._answers = list(prompts), {}
+        self._answers[name] = answers
+        self.samples(f"{name} after {step} steps", prompts, self._answers)
 
     def _stacked_samples(self, title: str, prompts: Sequence[str],
                          answers: Mapping[str, Sequence[str]]) -> None:

@@ -76,6 +76,10 @@ class PretrainRun(SFTConfig):
     """Longest sequence the decoder can read."""
     window_tokens: int = 256
     """Tokens of one training window."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompt files; the first prompts are answered on screen while the stage trains."""
+    sample_steps: int | None = None
+    """Answer them every so many steps, and at the first and the last; None: never."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     num_epochs: int = 1
@@ -90,8 +94,8 @@ class PretrainRun(SFTConfig):
     def __post_init__(self) -> None:
         SFTConfig.__post_init__(self)
         _check_files(self, "data")
-        _check_positive(self, "vocab_size", "hidden_size", "num_layers", "num_heads",
-                        "num_kv_heads", "intermediate_size", "max_positions")
+        _check_positive(self, "sample_steps", "vocab_size", "hidden_size", "num_layers",
+                        "num_heads", "num_kv_heads", "intermediate_size", "max_positions")
         check(self.window_tokens >= 2, "window_tokens", "at least 2", self.window_tokens)
         check(self.window_tokens <= self.max_positions, "window_tokens",
               f"at most max_positions ({self.max_positions})", self.window_tokens)
@@ -124,10 +128,15 @@ class SFTRun(SFTConfig):
     reward_model: str | None = None
     """Reward model that selects the checkpoint when `select_by` is 'reward'; None: candidates are
     kept for a later `select` stage."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompt files; the first prompts are answered on screen while the stage trains."""
+    sample_steps: int | None = None
+    """Answer them every so many steps, and at the first and the last; None: never."""
 
     def __post_init__(self) -> None:
         SFTConfig.__post_init__(self)
         _check_files(self, "data")
+        _check_positive(self, "sample_steps")
         _check_fraction(self, "eval_fraction")
         check(self.ptx_window_tokens >= 2, "ptx_window_tokens", "at least 2",
               self.ptx_window_tokens)
@@ -310,10 +319,15 @@ class PPORun(PPOConfig):
     """Held-out text files; their loss is logged at every evaluation."""
     ptx_window_tokens: int = 256
     """Tokens of one pretraining window."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompt files; the first prompts are answered on screen while the stage trains."""
+    sample_steps: int | None = None
+    """Answer them every so many steps, and at the first and the last; None: never."""
 
     def __post_init__(self) -> None:
         PPOConfig.__post_init__(self)
         _check_files(self, "prompts")
+        _check_positive(self, "sample_steps")
         _check_fraction(self, "eval_fraction")
         check(self.ptx_window_tokens >= 2, "ptx_window_tokens", "at least 2",
               self.ptx_window_tokens)
@@ -394,5 +408,6 @@ RUN_TYPES: dict[str, type[StageRun]] = {
 
 PATH_FIELDS = ("model_name_or_path", "tokenizer_name_or_path", "reference_model", "reward_model",
                "models", "data", "eval_data", "tokenizer_data", "ptx_data", "eval_ptx_data",
-               "demonstrations", "prompts", "heldout_prompts", "eval_prompts", "text")
+               "demonstrations", "prompts", "heldout_prompts", "eval_prompts",
+               "sample_prompts", "text")
 """Settings that name files or folders, in every kind of stage that has them."""

@@ -1,7 +1,8 @@
 """The stages that train: each loads what it needs, opens its folder, trains and saves."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fastrl.data import (
     TextEncoder,
     load_demonstrations,
     load_encoder,
+    load_prompts,
     sample_by_source,
     split_by_prompt,
     train_bpe_tokenizer,
@@ -33,6 +35,8 @@ from fastrl.stages.inputs import (
     read_texts,
     show_report,
 )
+from fastrl.stages.samples import SAMPLING, AnsweringProgress
+from fastrl.trainers.common import Progress
 from fastrl.trainers.ppo import PPOTrainer
 from fastrl.trainers.ppo_update import initial_critic
 from fastrl.trainers.reward import RewardTrainer
@@ -60,7 +64,7 @@ def pretrain(run: PretrainRun, open_folder: OpenFolder, console: Console) -> Non
         console.print(f"{num_parameters:,} parameters, {len(windows):,} windows of "
                       f"{run.window_tokens} tokens")
         trainer = SFTTrainer(run, model, windows, eval=held_out, run=folder)
-        with console.progress("pretrain", trainer.num_steps) as progress:
+        with _progress(run, console, model, encoder, trainer.num_steps) as progress:
             trainer.train(progress)
         save_causal_lm(model, folder.model_path, tokenizer_from=encoder.path)
         folder.finish({"parameters": num_parameters, "windows": len(windows),
@@ -94,11 +98,26 @@ def sft(run: SFTRun, open_folder: OpenFolder, console: Console) -> None:
         judge = Judge(scorer, prompts, SamplingConfig(), EngineConfig(), run.seed)
     with open_folder() as folder:
         trainer = SFTTrainer(run, model, train, eval=held_out, ptx=windows, run=folder, score=judge)
-        with console.progress("sft", trainer.num_steps) as progress:
+        with _progress(run, console, model, encoder, trainer.num_steps) as progress:
             trainer.train(progress)
         save_causal_lm(model, folder.model_path, tokenizer_from=encoder.path)
         folder.finish({"demonstrations": len(train), "held_out": len(held_out),
                        "steps": trainer.num_steps, "selected_step": trainer.selected_step})
+
+
+@contextmanager
+def _progress(run: PretrainRun | SFTRun | PPORun, console: Console, model: CausalLM,
+              encoder: TextEncoder, num_steps: int, sampling: SamplingConfig = SAMPLING
+              ) -> Iterator[Progress]:
+    """The numbers of a stage and, where it has sample prompts, its answers while it trains."""
+    name = Path(run.output_dir).name
+    with console.progress(name, num_steps) as progress:
+        if run.sample_steps is None or not run.sample_prompts:
+            yield progress
+            return
+        prompts, _ = load_prompts(run.sample_prompts, encoder, model.spec.max_positions or 1 << 20)
+        yield AnsweringProgress(progress, console, name, model, encoder, prompts,
+                                run.sample_steps, num_steps, sampling)
 
 
 def _demonstrations(run: SFTRun, encoder: TextEncoder, console: Console
@@ -188,7 +207,7 @@ def ppo(run: PPORun, open_folder: OpenFolder, console: Console) -> None:
             RewardModelScorer(reward_model, run.max_tokens_per_microbatch), train,
             eval_prompts=held_out, ptx=windows, eval_ptx=held_out_windows, run=folder,
             encoder=encoder)
-        with console.progress("ppo", trainer.num_steps) as progress:
+        with _progress(run, console, policy, encoder, trainer.num_steps, run.sampling) as progress:
             reason = trainer.train(progress)
         save_causal_lm(policy, folder.model_path, tokenizer_from=encoder.path)
         folder.finish({"ended": reason, "iterations": trainer.iteration})

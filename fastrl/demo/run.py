@@ -1,0 +1,116 @@
+"""Run the demo: write the world's files, run the recipe on them, say what came out."""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastrl.console import Console
+from fastrl.data.tokenizer import word_tokenizer
+from fastrl.demo import world
+from fastrl.pipeline import run_recipe
+from fastrl.trainers.common import derive_seed
+
+RECIPE = Path(__file__).with_name("recipe.yaml")
+
+NUM_DOCUMENTS = 6000
+NUM_HELDOUT_DOCUMENTS = 600
+NUM_EVAL_PROMPTS = 320
+NUM_HELDOUT_PROMPTS = 120
+NUM_ANSWERS = 2
+"""Demonstrations per training prompt."""
+
+
+def run_demo(
+    output_dir: Path | str, *, seed: int = 0, overrides: Sequence[str] = (), console: Console
+) -> dict[str, Any]:
+    """Make the world, run the pipeline in it, and show the result.
+
+    Args:
+        output_dir: `world/` in it gets the data, `run/` the stages and the report. A second call
+            continues where the first one stopped.
+        seed: Seeds the world's files, the models and the samples.
+        overrides: `stage.field=value`, applied to the demo's recipe.
+        console: Where everything is shown; the last line is the summary as JSON.
+    Returns:
+        The summary.
+    Raises:
+        ConfigError: when `output_dir` holds something else.
+    """
+    output_dir = Path(output_dir)
+    console.print("fastrl demo: people ask about animals; a labeler wants right facts and "
+                  "politeness. A model learns to speak (base), to answer (SFT), and to please "
+                  "the labeler (PPO, PPO-ptx).")
+    write_world(output_dir / "world", seed)
+    report = run_recipe(RECIPE, data_root=output_dir / "world", output_dir=output_dir / "run",
+                        overrides=[f"seed={seed}", *overrides], console=console)
+    summary = summarize(output_dir / "run", seed)
+    console.explain(["kl/policy_ref", "reward/score_mean", "value/explained_variance"])
+    console.print(f"report   {report}")
+    console.print(f"talk     fastrl chat --model_name_or_path {output_dir}/run/ppo_ptx/model")
+    console.result(json.dumps(summary))
+    return summary
+
+
+def write_world(folder: Path, seed: int) -> None:
+    """Write text, demonstrations, prompts and tokenizer; the same seed writes the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(derive_seed(seed, "world"))
+    _write_text(folder / "corpus.txt", list(world.corpus(NUM_DOCUMENTS, rng)))
+    _write_text(folder / "heldout.txt", list(world.corpus(NUM_HELDOUT_DOCUMENTS, rng)))
+    questions = world.all_questions(rng)
+    held = NUM_EVAL_PROMPTS + NUM_HELDOUT_PROMPTS
+    parts = {
+        "prompts_eval": questions[:NUM_EVAL_PROMPTS],
+        "prompts_heldout": questions[NUM_EVAL_PROMPTS:held],
+        "prompts_train": questions[held:],
+    }
+    for name, part in parts.items():
+        _write_rows(folder / f"{name}.jsonl", [{"prompt": q.prompt} for q in part])
+    _write_rows(folder / "demonstrations.jsonl", [
+        {"prompt": q.prompt, "completion": world.answer(q, rng)}
+        for _ in range(NUM_ANSWERS) for q in parts["prompts_train"]
+    ])
+    word_tokenizer(world.vocabulary(), folder / "tokenizer")
+
+
+def _write_text(path: Path, documents: Sequence[str]) -> None:
+    path.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def summarize(run: Path, seed: int) -> dict[str, Any]:
+    """The figures of a finished demo, read from the files of its stages."""
+    evaluation = _read(run / "evaluation/evaluation.json")
+    reward = _read(run / "reward/reward_report.json")
+    labels = _read(run / "rank/labels.json")
+    models = evaluation["models"]
+    seconds = {path.parent.name: round(_read(path)["seconds"], 1)
+               for path in sorted(run.glob("*/finished.json"))}
+    return {
+        "seed": seed,
+        "num_prompts": evaluation["num_prompts"],
+        "win_rates": {
+            f"{win['model']}_over_{win['opponent']}":
+                {key: round(win[key], 4) for key in ("rate", "low", "high")}
+            for win in evaluation["win_rates"]
+        },
+        "lm_loss": {name: round(facts["lm_loss"], 4) for name, facts in models.items()},
+        "kl_to_sft": {name: round(facts["kl"]["k1"], 3) for name, facts in models.items()},
+        "reward_model": {
+            "accuracy": round(reward["overall"]["accuracy"], 4),
+            "bayes_limit": round(labels["heldout"]["bayes_limit"], 4),
+            "length_only": round(reward["overall"]["length_accuracy"], 4),
+        },
+        "seconds": seconds,
+        "total_seconds": round(sum(seconds.values()), 1),
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result
