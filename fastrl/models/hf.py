@@ -37,8 +37,9 @@ KEPT_PRIVATE_KEYS = ("_remove_final_layer_norm",)
 
 def fastrl_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    *, fastrl_state: Attention, scaling: float | None = None, sliding_window: int | None = None,
-    softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
+    *, fastrl_state: Attention | None = None, scaling: float | None = None,
+    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls instead of its own attention.
 
@@ -51,6 +52,9 @@ def fastrl_attention(
     Returns:
         [1, N, Hq, C], and None for the attention weights.
     """
+    if fastrl_state is None:
+        raise ModelError(f"{type(module).__name__}: expected the keywords of the forward call, "
+                         "got none; this architecture does not hand them on, use another model")
     if softcap is not None or s_aux is not None or not getattr(module, "is_causal", True):
         raise ModelError(f"{type(module).__name__}: expected plain causal attention, got score "
                          "capping, attention sinks or attention to later tokens; use another model")

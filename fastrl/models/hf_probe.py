@@ -59,7 +59,12 @@ def probe(
                  for shift, length in ((1, 5), (3, 3))]
     batch = pack_sequences(sequences, full.device)
     recorder = _Recorder(PackedAttention(batch.cu_seqlens, batch.max_seqlen))
-    ours = head(backbone(batch.token_ids, batch.positions, recorder)[batch.cu_seqlens[1:] - 1])
+    try:
+        hidden = backbone(batch.token_ids, batch.positions, recorder)
+    except (TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: fastrl cannot run the architecture {config.model_type}: its "
+                         f"forward takes other arguments ({error}); use another model") from error
+    ours = head(hidden[batch.cu_seqlens[1:] - 1])
     full.set_attn_implementation("eager")
     theirs = torch.stack([
         full(input_ids=torch.tensor([s], device=full.device), use_cache=False).logits[0, ..., :]
@@ -71,14 +76,22 @@ def probe(
                          f"logits differ from transformers' by {gap:.1e} of the largest one; use "
                          "another model")
     num_layers, shapes = config.num_hidden_layers, recorder.shapes
-    sliding = [t for t in getattr(config, "layer_types", None) or () if t == "sliding_attention"]
     if (sorted(recorder.layers) != list(range(num_layers)) or len(shapes) != 1
-            or recorder.num_windows < len(sliding)):
+            or recorder.num_windows < _num_windows(config)):
         raise ModelError(f"{path}: fastrl cannot run the architecture {config.model_type}: its "
                          f"{num_layers} layers made {len(recorder.layers)} attention calls with "
                          f"{len(shapes)} shapes and {recorder.num_windows} windows; use another "
                          "model")
     return _spec(config, vocab_size, *next(iter(shapes)))
+
+
+def _num_windows(config: Any) -> int:
+    """Layers that must ask for a window: some architectures put it into their own mask only."""
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return list(types).count("sliding_attention")
+    window = getattr(config, "sliding_window", None)
+    return int(window is not None and getattr(config, "use_sliding_window", True))
 
 
 def _spec(
