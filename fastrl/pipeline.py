@@ -57,10 +57,11 @@ def run_recipe(
     output_dir, data_root = Path(output_dir), Path(data_root)
     _check_owner(plan, output_dir)
     again = _stages_from(plan, from_stage)
-    _check_inputs(plan, output_dir, data_root)
     for stage in plan.stages:
-        if stage not in again and _has_inputs(stage, output_dir, data_root):
-            _check_finished(stage, output_dir, data_root)
+        _check_presence(plan, stage, data_root)
+    pending = [stage for stage in plan.stages
+               if stage in again or not _is_finished(stage, output_dir, data_root)]
+    _check_contents(pending, data_root)
     for stage in again:
         _move_aside(output_dir / stage.name, "old")
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,7 @@ def run_recipe(
 
 def _run_or_skip(stage: Stage, output_dir: Path, data_root: Path, console: Console) -> None:
     folder = output_dir / stage.name
-    if _check_finished(stage, output_dir, data_root):
+    if _is_finished(stage, output_dir, data_root):
         console.stage(stage.name, "finished before; settings and inputs are unchanged, skipped")
         return
     if (folder / "run.json").exists():
@@ -89,15 +90,15 @@ def _lineage(stage: Stage, output_dir: Path, data_root: Path) -> dict[str, Any]:
     return make_lineage(stage.kind, to_dict(stage.config), inputs)
 
 
-def _has_inputs(stage: Stage, output_dir: Path, data_root: Path) -> bool:
-    return all(resolve_path(reference, output_dir, data_root).exists()
-               for reference in stage.references)
+def _is_finished(stage: Stage, output_dir: Path, data_root: Path) -> bool:
+    """True when the stage is finished and unchanged; ConfigError when finished and changed.
 
-
-def _check_finished(stage: Stage, output_dir: Path, data_root: Path) -> bool:
-    """True when the stage is finished and unchanged; ConfigError when finished and changed."""
+    A finished stage that misses an output of an earlier stage is judged when that is there again.
+    """
     folder = output_dir / stage.name
-    if not (folder / "finished.json").exists():
+    has_inputs = all(resolve_path(reference, output_dir, data_root).exists()
+                     for reference in stage.references)
+    if not (folder / "finished.json").exists() or not has_inputs:
         return False
     before: Mapping[str, Any] = json.loads((folder / "run.json").read_text("utf-8"))["lineage"]
     changes = lineage_changes(before, _lineage(stage, output_dir, data_root))
@@ -110,21 +111,22 @@ def _check_finished(stage: Stage, output_dir: Path, data_root: Path) -> bool:
     return True
 
 
-def _check_inputs(plan: Recipe, output_dir: Path, data_root: Path) -> None:
-    """Raise for inputs that are not there or cannot be read; those of earlier stages come later."""
-    seen: set[tuple[str, str, str]] = set()
-    for stage in plan.stages:
-        check_names(stage.config)
-        for field, reference in local_paths(stage.config):
-            key = (stage.kind, field, reference)
-            if reference.startswith("@") or key in seen:
-                continue
-            seen.add(key)
-            path = resolve_path(reference, output_dir, data_root)
-            if not path.exists():
-                raise DataError(f"{plan.where}, stage {stage.name!r}: {field}: expected a file or "
-                                f"folder, found nothing at {path}; check the path and --data_root")
-            check_path(stage.kind, field, str(path))
+def _check_presence(plan: Recipe, stage: Stage, data_root: Path) -> None:
+    """Raise when a name or file of a stage does not exist; outputs of stages come later."""
+    check_names(stage.config)
+    for field, reference in local_paths(stage.config):
+        path = data_root / reference
+        if not reference.startswith("@") and not path.exists():
+            raise DataError(f"{plan.where}, stage {stage.name!r}: {field}: expected a file or "
+                            f"folder, found nothing at {path}; check the path and --data_root")
+
+
+def _check_contents(stages: Sequence[Stage], data_root: Path) -> None:
+    """Raise when a file of the data root cannot be read; each is looked at once per use."""
+    uses = {(stage.kind, field, reference) for stage in stages
+            for field, reference in local_paths(stage.config) if not reference.startswith("@")}
+    for kind, field, reference in sorted(uses):
+        check_path(kind, field, str(data_root / reference))
 
 
 def _stages_from(plan: Recipe, from_stage: str | None) -> tuple[Stage, ...]:

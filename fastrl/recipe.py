@@ -24,7 +24,7 @@ from typing import Any
 from fastrl.data.rows import DATASETS_PREFIX
 from fastrl.errors import ConfigError
 from fastrl.parsing import parse_config
-from fastrl.runs import PATH_FIELDS, RUN_TYPES, StageRun
+from fastrl.runs import PATH_FIELDS, RUN_TYPES, SelectRun, SFTRun, StageRun
 from fastrl.yaml_file import check_keys, load_yaml, parse_yaml, unknown_key
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -85,6 +85,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, short: bool 
         raise ConfigError(f"{where}: seed: expected a whole number of at least 0, got {seed!r}")
     stages = tuple(_parse_stage(table, seed, where) for table in tables.values())
     _check_references(stages, where)
+    _check_selections(stages, where)
     return Recipe(name=name, seed=seed, stages=stages, where=where)
 
 
@@ -203,3 +204,17 @@ def _check_references(stages: Sequence[Stage], where: str) -> None:
                     f"{where}, stage {stage.name!r}: {field}: {reference!r} must name an earlier "
                     "stage"))
         earlier.append(stage.name)
+
+
+def _check_selections(stages: Sequence[Stage], where: str) -> None:
+    """Raise ConfigError when candidates are kept for a reward model and nothing chooses one."""
+    selected = {stage.config.model_name_or_path for stage in stages
+                if isinstance(stage.config, SelectRun)}
+    for stage in stages:
+        config = stage.config
+        if (isinstance(config, SFTRun) and config.select_by == "reward"
+                and config.reward_model is None and f"@{stage.name}" not in selected):
+            raise ConfigError(
+                f"{where}, stage {stage.name!r}: select_by: expected a reward_model, or a later "
+                f"stage of kind select with model_name_or_path '@{stage.name}', got neither; "
+                "without one the last checkpoint would be used")

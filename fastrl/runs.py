@@ -386,6 +386,9 @@ class EvaluateRun:
         check(self.window_tokens >= 2, "window_tokens", "at least 2", self.window_tokens)
         check(self.labeler is not None or self.reward_model is not None, "labeler",
               "a labeler or a reward_model to decide who wins", None)
+        check(not self.sampling.is_truncated or self.sampling.logprobs == "raw", "sampling",
+              "plain sampling, or logprobs: raw, since KL needs log-probs of the whole "
+              "distribution", self.sampling)
         names = ", ".join(self.models)
         for name in (self.reference, *[name for pair in self.pairs for name in pair]):
             check(name in self.models, "models", f"an entry for {name!r}", names)

@@ -117,6 +117,23 @@ def test_a_recipe_without_stages_or_short_form_is_refused(recipe_file):
         load_recipe(recipe_file(old=short, new="\n"), short=True)
 
 
+def test_candidates_need_a_stage_that_selects(recipe_file):
+    candidates = "model_name_or_path: models/base\n    select_by: reward"
+    file = recipe_file(old="model_name_or_path: models/base", new=candidates)
+    with pytest.raises(ConfigError, match="stage 'sft': select_by: expected a reward_model, or a "
+                                          "later stage of kind select"):
+        load_recipe(file)
+    select = """
+  - name: best
+    kind: select
+    model_name_or_path: "@sft"
+    reward_model: models/reward
+    prompts: [p.jsonl]
+"""
+    file.write_text(file.read_text() + select)
+    assert len(load_recipe(file).stages) == 3
+
+
 def test_every_setting_that_is_a_path_is_known():
     fields = {name for run in RUN_TYPES.values() for name in run.__dataclass_fields__}
     assert set(PATH_FIELDS) <= fields

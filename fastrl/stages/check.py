@@ -1,8 +1,8 @@
 """Looks through the inputs of a stage before any stage runs: a broken row costs seconds, not hours.
 
-Rows are read by the loaders that the stage itself will use, with a tokenizer of bytes, since the
-stage's own tokenizer may be the output of an earlier stage. Limits on length are the stage's
-business and not looked at here.
+Rows are read by the loaders that the stage itself will use, with a tokenizer that splits at white
+space, since the stage's own tokenizer may be the output of an earlier stage. Limits on length are
+the stage's business and not looked at here.
 """
 
 import functools
@@ -17,13 +17,12 @@ from fastrl.data import (
     load_encoder,
     load_prompts,
     read_rows,
-    train_bpe_tokenizer,
+    word_tokenizer,
 )
 from fastrl.labelers import find_labeler
 from fastrl.models.folder import WeightFiles, read_raw_config
 
 _UNLIMITED = 1 << 62
-_NUM_BYTE_TOKENS = 256 + 6
 
 Reader = Callable[[str], object]
 
@@ -65,22 +64,22 @@ def _check_model(path: str) -> None:
 
 
 @functools.cache
-def _bytes_encoder() -> TextEncoder:
-    """A tokenizer whose tokens are bytes, with a chat template."""
+def _encoder() -> TextEncoder:
+    """A tokenizer that reads any text in no time."""
     with tempfile.TemporaryDirectory() as folder:
-        return train_bpe_tokenizer([], _NUM_BYTE_TOKENS, Path(folder))
+        return word_tokenizer([], Path(folder))
 
 
 def _check_demonstrations(path: str) -> None:
-    load_demonstrations(path, _bytes_encoder(), _UNLIMITED)
+    load_demonstrations(path, _encoder(), _UNLIMITED)
 
 
 def _check_comparisons(path: str) -> None:
-    load_comparisons(path, _bytes_encoder(), _UNLIMITED)
+    load_comparisons(path, _encoder(), _UNLIMITED)
 
 
 def _check_prompts(path: str) -> None:
-    load_prompts(path, _bytes_encoder(), _UNLIMITED)
+    load_prompts(path, _encoder(), _UNLIMITED)
 
 
 _DATA_READERS: dict[str, Reader] = {
@@ -99,4 +98,5 @@ _READERS: dict[str, Reader] = {
     "prompts": _check_prompts,
     "heldout_prompts": _check_prompts,
     "eval_prompts": _check_prompts,
+    "sample_prompts": _check_prompts,
 }
