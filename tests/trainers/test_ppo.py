@@ -214,6 +214,14 @@ def test_equal_seeds_give_equal_runs(task: SimpleNamespace) -> None:
     assert not task.equal(first[0], other[0])
 
 
+def test_the_seed_decides_prompts_and_tokens(task: SimpleNamespace) -> None:
+    first, other = (task.catch_batch(task.make_trainer(seed=seed)) for seed in (3, 4))
+    assert first.rollout.prompt_lens.tolist() != other.rollout.prompt_lens.tolist()
+    first, other = (task.catch_batch(task.make_trainer(seed=seed, prompts=task.PROMPTS[:1]))
+                    for seed in (3, 4))
+    assert first.rollout.response_ids.tolist() != other.rollout.response_ids.tolist()
+
+
 def test_rollouts_of_iterations_differ(task: SimpleNamespace) -> None:
     """With learning rates of next to nothing only the sampling seed tells iterations apart."""
     trainer = task.make_trainer(prompts=task.PROMPTS[:1], learning_rate=1e-30,
@@ -237,6 +245,28 @@ def test_prompts_are_drawn_once_per_pass(task: SimpleNamespace) -> None:
     everything = sorted(p.token_ids for p in task.PROMPTS)
     assert sorted(seen[:6]) == everything and sorted(seen[6:]) == everything
     assert seen[:6] != seen[6:]
+
+
+def test_the_engine_is_told_whenever_weights_change(task: SimpleNamespace) -> None:
+    trainer = task.make_trainer(eval_steps=1, inputs={"eval_prompts": task.PROMPTS})
+    events: list[str] = []
+
+    def note(owner: Any, name: str, event: str) -> None:
+        original = getattr(owner, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            events.append(event)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, noted)
+
+    note(trainer.engine, "generate", "generate")
+    note(trainer.engine, "weights_changed", "told")
+    note(trainer.policy_optimizer, "step", "changed")
+    trainer.step()
+    evaluation = ["told", "generate", "told"]  # the average goes in, and out again
+    iteration = ["generate", "changed", "changed", "told"]
+    assert events == [*evaluation, *iteration, *evaluation]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -100,6 +100,14 @@ def test_adaptive_kl_moves_after_each_iteration(task: SimpleNamespace) -> None:
     assert fixed.step()["kl/coef"] == 0.1
 
 
+def test_rewards_use_the_controllers_coefficient(task: SimpleNamespace) -> None:
+    trainer = task.make_trainer(reference=other_reference(task), kl_controller="adaptive")
+    trainer.kl_controller.kl_coef = 0.9
+    batch = task.catch_batch(trainer)
+    expected = (batch.scores - 0.9 * (batch.old_logprobs - batch.ref_logprobs).sum(dim=1))
+    torch.testing.assert_close(batch.rewards.sum(dim=1), expected)
+
+
 def test_kl_coef_is_logged_in_units_of_the_first_scores(task: SimpleNamespace) -> None:
     trainer = task.make_trainer(kl_coef=0.3)
     first = trainer.step()
