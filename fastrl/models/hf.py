@@ -120,7 +120,7 @@ def load_scalar_model(
     if not isinstance(score, nn.Linear) or score.weight.shape[0] != 1:
         raise ModelError(f"{path}: expected a reward model with a scalar head (score.weight), got "
                          f"a {type(full).__name__} without one; use another reward model")
-    own_bias = 0.0 if score.bias is None else float(score.bias)
+    own_bias = 0.0 if score.bias is None else float(score.bias.detach())
     head = ScalarHead(nn.Parameter(score.weight.detach()[0]), own_bias + bias)
     backbone = HFBackbone(getattr(full, full.base_model_prefix))
     spec = probe(full, backbone, lambda hidden: (head(hidden) - bias)[:, None], path)

@@ -3,6 +3,7 @@
 Only the keys named here are read; every other key of a downloaded config.json is ignored.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,8 +33,9 @@ def _int(raw: Json, key: str, default: int | None = None, least: int = 1) -> int
 def _float(raw: Json, key: str, default: float | None = None) -> float:
     value = raw.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ModelError(f"config.json: {key}: expected a number, got {value!r}; correct the file")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ModelError(f"config.json: {key}: expected a number of at least 0, got {value!r}; "
+                         "correct the file")
     return float(value)
 
 
@@ -89,7 +91,7 @@ def _rotary(raw: Json, head_dim: int, max_positions: int) -> dict[str, Any]:
     for key in ("rope_scaling", "rope_parameters"):
         nested = raw.get(key) or {}
         if not isinstance(nested, Mapping) or any(isinstance(v, Mapping) for v in nested.values()):
-            raise NotNativeError(f"{key} differs by layer")
+            raise NotNativeError(f"{key} is not one setting for all layers")
         values |= {name: nested[name] for name in ROTARY_KEYS if nested.get(name) is not None}
         if "type" in nested:
             values.setdefault("rope_type", nested["type"])

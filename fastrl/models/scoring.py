@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastrl.models.attention import PackedAttention
 from fastrl.models.causal_lm import CausalLM, ScalarModel
-from fastrl.ops.linear_logprob import linear_logprobs
+from fastrl.ops import linear_logprobs
 from fastrl.packing import (
     PackedBatch,
     pack_sequences,

@@ -10,14 +10,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-import fastrl.models.folder as files_of
 import fastrl.models.hf as hf
 from fastrl.errors import ModelError
 from fastrl.models.causal_lm import CausalLM, ScalarModel
 from fastrl.models.config import DecoderConfig
 from fastrl.models.decoder import Decoder, causal_lm, empty_decoder
 from fastrl.models.families import CAUSAL_CLASSES, SCALAR_CLASSES
-from fastrl.models.folder import SavesTokenizer, WeightFiles
+from fastrl.models.folder import (
+    SavesTokenizer,
+    WeightFiles,
+    dtype_named,
+    padding_id,
+    read_raw_config,
+    write_json,
+    write_tokenizer,
+    write_weights,
+)
 from fastrl.models.heads import ScalarHead
 from fastrl.models.names import (
     IGNORED_SUFFIXES,
@@ -51,11 +59,11 @@ def load_causal_lm(
         ModelError: when the folder is not a language model, is incomplete or damaged, holds only
             pickled weights, or cannot be run by the implementation asked for.
     """
-    raw = files_of.read_raw_config(path)
+    raw = read_raw_config(path)
     _refuse_classifier(raw, path)
     config = _native_config(raw, implementation)
     if config is None:
-        return hf.load_causal_lm(path, raw, files_of.dtype_named(dtype), device)
+        return hf.load_causal_lm(path, raw, dtype_named(dtype), device)
     files = WeightFiles(path)
     head_names = [n for n in dict.fromkeys((LM_HEAD_NAMES[config.family], "lm_head.weight"))
                   if n in files.names()]
@@ -64,7 +72,7 @@ def load_causal_lm(
     trunk = _located_trunk(config, files)
     head = {} if config.tie_embeddings else {head_name: [config.vocab_size, config.hidden_size]}
     _check_fit(config, trunk, head, files, also_known=set(head_names))
-    model = causal_lm(empty_decoder(config, files_of.dtype_named(dtype), device))
+    model = causal_lm(empty_decoder(config, dtype_named(dtype), device))
     _fill_trunk(model.backbone, trunk, files)
     if not config.tie_embeddings:
         _fill(model.lm_head.weight, Source((head_name,)), files)
@@ -83,7 +91,7 @@ def load_scalar_model(
     Raises:
         ModelError: as `load_causal_lm`, and when the model has no head with one output.
     """
-    raw = files_of.read_raw_config(path)
+    raw = read_raw_config(path)
     bias = raw.get(REWARD_BIAS_KEY, 0.0)
     if isinstance(bias, bool) or not isinstance(bias, (int, float)):
         raise ModelError(f"{path}: {REWARD_BIAS_KEY}: expected a number, got {bias!r}; correct "
@@ -91,7 +99,7 @@ def load_scalar_model(
     _refuse_many_labels(raw, path)
     config = _native_config(raw, implementation)
     if config is None:
-        return hf.load_scalar_model(path, raw, files_of.dtype_named(dtype), device, float(bias))
+        return hf.load_scalar_model(path, raw, dtype_named(dtype), device, float(bias))
     files = WeightFiles(path)
     if "score.weight" not in files.names():
         raise ModelError(f"{path}: expected a reward model with a scalar head (score.weight), got "
@@ -99,9 +107,9 @@ def load_scalar_model(
     trunk = _located_trunk(config, files)
     _check_fit(config, trunk, {"score.weight": [1, config.hidden_size]}, files,
                also_known={"lm_head.weight", LM_HEAD_NAMES[config.family]})
-    backbone = empty_decoder(config, files_of.dtype_named(dtype), device)
+    backbone = empty_decoder(config, dtype_named(dtype), device)
     _fill_trunk(backbone, trunk, files)
-    weight = files.read("score.weight")[0].to(device, files_of.dtype_named(dtype))
+    weight = files.read("score.weight")[0].to(device, dtype_named(dtype))
     return ScalarModel(backbone, ScalarHead(nn.Parameter(weight), float(bias)), config.spec).eval()
 
 
@@ -131,7 +139,7 @@ def save_causal_lm(
         if not config.tie_embeddings:
             tensors[LM_HEAD_NAMES[config.family]] = model.lm_head.weight
         _write_folder(target, raw, tensors, max_shard_bytes)
-    files_of.write_tokenizer(target, tokenizer_from)
+    write_tokenizer(target, tokenizer_from)
 
 
 def save_scalar_model(
@@ -154,12 +162,12 @@ def save_scalar_model(
         hf.save_scalar_model(model, target, extra, max_shard_bytes)
     else:
         config = _decoder(model).config
-        pad = files_of.padding_id(config.pad_token_id, config.eos_token_ids, config.bos_token_id)
+        pad = padding_id(config.pad_token_id, config.eos_token_ids, config.bos_token_id)
         raw = write_config(config) | extra | {
             "architectures": [SCALAR_CLASSES[config.family]], "pad_token_id": pad}
         tensors = _trunk_tensors(_decoder(model)) | {"score.weight": model.head.weight[None]}
         _write_folder(target, raw, tensors, max_shard_bytes)
-    files_of.write_tokenizer(target, tokenizer_from)
+    write_tokenizer(target, tokenizer_from)
 
 
 def _native_config(raw: dict[str, Any], implementation: Implementation) -> DecoderConfig | None:
@@ -277,8 +285,8 @@ def _write_folder(
     """config.json, generation_config.json and weights."""
     target.mkdir(parents=True, exist_ok=True)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    files_of.write_weights(target, tensors.items(), max_shard_bytes)
+    write_weights(target, tensors.items(), max_shard_bytes)
     ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    files_of.write_json(target / "generation_config.json",
+    write_json(target / "generation_config.json",
                         {key: value for key, value in ids.items() if value is not None})
-    files_of.write_json(target / "config.json", raw | {"dtype": dtype})
+    write_json(target / "config.json", raw | {"dtype": dtype})

@@ -57,7 +57,7 @@ def test_keys_outside_the_list_change_nothing():
     ({}, "model_type None is not one of"),
     (BASE | {"hidden_act": "xielu"}, "hidden_act 'xielu' is not one of silu"),
     (BASE | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
-    (BASE | {"rope_parameters": {"full_attention": {}}}, "rope_parameters differs by layer"),
+    (BASE | {"rope_parameters": {"full_attention": {}}}, "rope_parameters is not one setting"),
     (BASE | {"partial_rotary_factor": 0.75}, "3 rotary channels"),
     (BASE | {"model_type": "qwen2", "use_sliding_window": True,
              "layer_types": ["chunked_attention"] * 2}, "layer_types are not 2 of"),
@@ -82,3 +82,20 @@ def test_impossible_values_name_the_key(key, value, expected):
         read_config(BASE | {key: value})
     assert key.replace("num_key_value_heads", "num_kv_heads") in str(error.value)
     assert not isinstance(error.value, NotNativeError)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox"])
+def test_no_value_of_any_key_escapes_as_another_error(family):
+    keys = {*BASE, *GPT2, "head_dim", "hidden_act", "activation_function", "rope_scaling",
+            "rope_parameters", "rope_theta", "partial_rotary_factor", "rotary_pct", "layer_types",
+            "rotary_emb_base", "sliding_window", "use_sliding_window", "max_window_layers",
+            "eos_token_id", "pad_token_id", "layer_norm_eps", "attention_bias", "n_inner"}
+    values = (None, True, -1, 0, 7, 2.5, float("nan"), "x", [], [1], ["x"], [[]], {}, {"x": 1},
+              {"rope_type": []}, {"rope_type": "linear"}, {"rope_type": "linear", "factor": "x"})
+    whole = BASE | GPT2 | {"model_type": family, "use_sliding_window": True}
+    for key in keys - {"model_type"}:
+        for value in values:
+            try:
+                read_config(whole | {key: value})
+            except ModelError:
+                continue
