@@ -8,6 +8,7 @@ heads, C channels per head, L layers.
 """
 
 from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from fastrl.errors import ShapeError
 PREFERENCE = ("torch",)
 CHUNK_BYTES = 2**21
 """Keys and values gathered at a time: what is gathered is read again while it is in cache."""
+DENSE_BLOCK = 512
+"""Keys that the dense CPU kernel takes at a time."""
 
 
 def paged_attention_reference(
@@ -136,10 +139,11 @@ def _paged_attention_torch(
 ) -> Tensor:
     """Sequences of one shape go together, as many at a time as fit CHUNK_BYTES."""
     out = torch.zeros_like(query)
+    page_size = kv_pages.shape[3]
     page_bytes = 2 * kv_pages[0, 0, 0].numel() * kv_pages.element_size()
     lengths_q = ([1] * len(kv_lens) if max_seqlen_q == 1
                  else (cu_seqlens_q[1:] - cu_seqlens_q[:-1]).tolist())
-    groups = _groups_by_shape(lengths_q, kv_lens.tolist(), kv_pages.shape[3])
+    groups = _groups_by_shape(lengths_q, kv_lens.tolist(), page_size)
     for (length_q, num_pages, is_prompt), members in groups.items():
         offsets = torch.arange(length_q, device=query.device)
         step = max(1, CHUNK_BYTES // (num_pages * page_bytes))
@@ -148,11 +152,11 @@ def _paged_attention_torch(
             rows_q = (cu_seqlens_q[rows, None] + offsets).flatten()
             query_chunk = query.index_select(0, rows_q).view(len(rows), length_q, *query.shape[1:])
             lens = kv_lens[rows]
-            key, value = _gather_pages(kv_pages, layer, page_table[rows], lens, num_pages)
+            cached = _Cached(kv_pages, layer, page_table[rows], lens)
             if is_prompt:
-                attended = _attend_prompt(query_chunk, key, value, scale, window)
+                attended = _attend_prompt(query_chunk, cached, scale, window)
             else:
-                attended = _attend_cached(query_chunk, key, value, lens, scale, window)
+                attended = _attend_last(query_chunk, cached, num_pages * page_size, scale, window)
             out.index_copy_(0, rows_q, attended.flatten(0, 1))
     return out
 
@@ -175,58 +179,109 @@ def page_bucket(num_pages: int) -> int:
     return -(-num_pages // unit) * unit
 
 
-def _gather_pages(
-    kv_pages: Tensor, layer: int, page_table: Tensor, kv_lens: Tensor, num_pages: int
-) -> tuple[Tensor, Tensor]:
-    """Keys and values [b, S, Hk, C] of S = num_pages * page_size tokens, 0 past kv_lens [b]."""
-    page_size = kv_pages.shape[3]
-    first_tokens = torch.arange(num_pages, device=kv_lens.device) * page_size
-    pages = F.pad(page_table, (0, max(0, num_pages - page_table.shape[1])))[:, :num_pages]
-    pages = pages.masked_fill(first_tokens >= kv_lens[:, None], 0).flatten()
-    # A slot that was never written may hold NaN, and 0 * NaN would reach the sum over values.
-    begin = int(kv_lens.min()) // page_size * page_size
-    slots = torch.arange(begin, num_pages * page_size, device=kv_lens.device)
-    unwritten = (slots >= kv_lens[:, None])[..., None, None]
-    sides = []
-    for side in (0, 1):
-        gathered = kv_pages[:, layer, side].index_select(0, pages)
-        gathered = gathered.view(len(kv_lens), -1, *kv_pages.shape[4:])
-        gathered[:, begin:].masked_fill_(unwritten, 0)
-        sides.append(gathered)
-    return sides[0], sides[1]
+@dataclass(frozen=True, slots=True)
+class _Cached:
+    """What b sequences have in one layer of the cache."""
+
+    kv_pages: Tensor
+    layer: int
+    page_table: Tensor
+    """[b, pages]."""
+    kv_lens: Tensor
+    """[b]."""
+
+    def gather(self, num_slots: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [b, num_slots, Hk, C], 0 past kv_lens."""
+        page_size = self.kv_pages.shape[3]
+        num_pages = -(-num_slots // page_size)
+        missing = max(0, num_pages - self.page_table.shape[1])
+        pages = F.pad(self.page_table, (0, missing))[:, :num_pages]
+        slots = torch.arange(num_slots, device=pages.device)
+        pages = pages.masked_fill(slots[::page_size] >= self.kv_lens[:, None], 0).flatten()
+        # A slot that was never written may hold NaN, and 0 * NaN would reach the sum over values.
+        begin = min(int(self.kv_lens.min()), num_slots)
+        unwritten = (slots[begin:] >= self.kv_lens[:, None])[..., None, None]
+        sides = []
+        for side in (0, 1):
+            gathered = self.kv_pages[:, self.layer, side].index_select(0, pages)
+            gathered = gathered.view(len(self.kv_lens), -1, *gathered.shape[2:])[:, :num_slots]
+            gathered[:, begin:].masked_fill_(unwritten, 0)
+            sides.append(gathered)
+        return sides[0], sides[1]
 
 
 def _attend_prompt(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    query: Tensor, cached: _Cached, scale: float, window: int | None
 ) -> Tensor:
-    """[b, q, Hq, C]: the query tokens [b, q, Hq, C] are the first q of the cached ones."""
+    """[b, q, Hq, C] from query tokens [b, q, Hq, C] that are all there is in the cache."""
     length = query.shape[1]
+    num_rows, num_slots = _dense_shape(length, length, query.shape[3])
     mask = None
     if window is not None and window < length:
-        positions = torch.arange(length, device=query.device)
-        mask = _visible(positions, positions, window)
-    out = F.scaled_dot_product_attention(
-        query.transpose(1, 2), key[:, :length].transpose(1, 2), value[:, :length].transpose(1, 2),
-        attn_mask=mask, is_causal=mask is None, scale=scale,
-        enable_gqa=query.shape[2] != key.shape[2],
-    )
+        visible = _visible(torch.arange(num_rows, device=query.device),
+                           torch.arange(num_slots, device=query.device), window)
+        mask = visible[None, None]
+    key, value = cached.gather(num_slots)
+    out = _dense(query.transpose(1, 2), key, value, mask, num_rows, scale)
     return out.transpose(1, 2)
 
 
-def _attend_cached(
-    query: Tensor, key: Tensor, value: Tensor, kv_lens: Tensor, scale: float, window: int | None
+def _attend_last(
+    query: Tensor, cached: _Cached, num_slots: int, scale: float, window: int | None
 ) -> Tensor:
-    """[b, q, Hq, C]: the query tokens [b, q, Hq, C] are the last q of kv_lens [b] cached ones."""
-    batch_size, length_q, num_heads, channels = query.shape
-    num_kv_heads = key.shape[2]
-    positions = kv_lens[:, None] - length_q + torch.arange(length_q, device=query.device)
-    visible = _visible(positions, torch.arange(key.shape[1], device=query.device), window)
+    """[b, q, Hq, C] from query tokens [b, q, Hq, C] that are the last in the cache."""
+    batch_size, length, num_heads, channels = query.shape
+    num_kv_heads = cached.kv_pages.shape[4]
+    group = num_heads // num_kv_heads
+    num_rows, num_slots = _dense_shape(group * length, num_slots, channels)
+    positions = cached.kv_lens[:, None] - length + torch.arange(length, device=query.device)
+    visible = _visible(positions, torch.arange(num_slots, device=query.device), window)
     # The query heads of a KV head stand beside each other as if they were query tokens.
-    query = query.view(batch_size, length_q, num_kv_heads, -1, channels).permute(0, 2, 3, 1, 4)
-    mask = visible[:, None].repeat(1, 1, num_heads // num_kv_heads, 1)  # [b, 1, heads * q, S]
-    out = F.scaled_dot_product_attention(
-        query.flatten(2, 3), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask,
-        scale=scale,
-    )
-    out = out.view(batch_size, num_kv_heads, -1, length_q, channels)
+    query = query.view(batch_size, length, num_kv_heads, group, channels).permute(0, 2, 3, 1, 4)
+    mask = visible[:, None].repeat(1, 1, group, 1)  # [b, 1, group * q, S]
+    key, value = cached.gather(num_slots)
+    out = _dense(query.flatten(2, 3), key, value, mask, num_rows, scale)
+    out = out.reshape(batch_size, num_kv_heads, group, length, channels)
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _dense_shape(num_rows: int, num_slots: int, channels: int) -> tuple[int, int]:
+    """Query rows and key slots, a few more than given, that the dense CPU kernel should get.
+
+    The products in it take other code, with other last bits, for data that does not begin at a
+    multiple of four numbers, and where data begins depends on the batch: every thread gets a
+    scratch space of rows * (slots + 2 + channels) numbers, at most DENSE_BLOCK slots, one after
+    the other. So that is made a multiple of four here, and `_dense` does the same for channels.
+    """
+    if num_rows >= 32:  # taken in blocks of an even size
+        return num_rows, num_slots
+    channels = -(-channels // 4) * 4
+    if num_slots + 3 <= DENSE_BLOCK:
+        while num_rows * (num_slots + 2 + channels) % 4:
+            num_slots += 1
+    while num_rows * (min(num_slots, DENSE_BLOCK) + 2 + channels) % 4:
+        num_rows += 1
+    return num_rows, num_slots
+
+
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, num_rows: int, scale: float
+) -> Tensor:
+    """[b, H, q, C] from query [b, H, q, C] and key, value [b, S, Hk, C], with `num_rows` rows.
+
+    Args:
+        mask: [b or 1, 1, q or num_rows, S] bool; None: causal from the first key on.
+    """
+    batch_size, _, length, channels = query.shape
+    if channels % 4:
+        query, key, value = (F.pad(x, (0, -channels % 4)) for x in (query, key, value))
+    query = F.pad(query, (0, 0, 0, num_rows - length))
+    if mask is not None and mask.shape[2] < num_rows:
+        mask = F.pad(mask, (0, 0, 0, num_rows - length), value=True)
+    if query.shape[0] * query.shape[1] == 1:  # a single product would be cut among the threads
+        query, key, value = (x.expand(2, -1, -1, -1) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(
+        query, key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask, is_causal=mask is None,
+        scale=scale, enable_gqa=query.shape[1] != key.shape[2],
+    )
+    return out[:batch_size, :, :length, :channels]

@@ -64,10 +64,10 @@ def preemptions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps
 
 
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+@pytest.fixture
+def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
 
@@ -83,7 +83,6 @@ def _assert_same_bits(a: Rollout, b: Rollout) -> None:
         assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(
     "sizes",
@@ -104,7 +103,15 @@ def test_bits_do_not_depend_on_sizes(name: str, sizes: dict[str, Any]) -> None:
     _assert_same_bits(_generate(MODELS[name]), _generate(MODELS[name], **sizes))
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bits_do_not_depend_on_sizes_with_two_threads(name: str) -> None:
+    # Two threads cut rows, products and elementwise functions in other places than one.
+    _assert_same_bits(
+        _generate(MODELS[name], num_samples=1),
+        _generate(MODELS[name], num_samples=1, num_pages=30, max_batch_size=3))
+
+
 def test_a_request_alone_gives_the_same_bits() -> None:
     together = _generate(MODELS["llama"], num_samples=1)
     engine = Engine(MODELS["llama"], EngineConfig(page_size=4))
@@ -210,7 +217,7 @@ def test_a_failed_call_gives_its_pages_back() -> None:
 LENGTHS = st.lists(st.integers(1, 20), min_size=1, max_size=6)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(lengths=LENGTHS, num_samples=st.integers(1, 3), page_size=st.sampled_from([1, 3, 4, 16]),
        max_batch_size=st.integers(1, 9), max_prefill_tokens=st.integers(1, 40),
        extra_pages=st.integers(0, 30), share_prefix=st.booleans(), seed=st.integers(0, 99))

@@ -1,5 +1,6 @@
 """paged_attention against its per-sequence reference and against packed_attention."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,23 +20,24 @@ PAGE_SIZE = 4
 
 def _inputs(
     lengths_q: list[int], kv_lens: list[int], heads: tuple[int, int] = (4, 2),
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype = torch.float64, channels: int = 8,
 ) -> dict[str, Any]:
     """Pages in random order; unwritten slots hold NaN, unused table entries hold nonsense."""
     generator = torch.Generator().manual_seed(3)
     needed = [-(-n // PAGE_SIZE) for n in kv_lens]
     order = torch.randperm(sum(needed) + 2, generator=generator)
     table = torch.full((len(kv_lens), max(needed) + 1), -7)
-    pages = torch.full((sum(needed) + 2, 2, 2, PAGE_SIZE, heads[1], 8), torch.nan, dtype=dtype)
+    pages = torch.full((sum(needed) + 2, 2, 2, PAGE_SIZE, heads[1], channels),
+                       torch.nan, dtype=dtype)
     first = 0
     for row, (count, length) in enumerate(zip(needed, kv_lens, strict=True)):
         table[row, :count] = order[first : first + count]
         for token in range(length):
             pages[table[row, token // PAGE_SIZE], :, :, token % PAGE_SIZE] = torch.randn(
-                2, 2, heads[1], 8, generator=generator, dtype=dtype)
+                2, 2, heads[1], channels, generator=generator, dtype=dtype)
         first += count
     return {
-        "query": torch.randn(sum(lengths_q), heads[0], 8, generator=generator, dtype=dtype),
+        "query": torch.randn(sum(lengths_q), heads[0], channels, generator=generator, dtype=dtype),
         "kv_pages": pages, "layer": 1, "page_table": table, "kv_lens": torch.tensor(kv_lens),
         "cu_seqlens_q": torch.tensor([0, *lengths_q]).cumsum(0),
         "max_seqlen_q": max(lengths_q), "max_kv_len": max(kv_lens), "scale": 0.4,
@@ -97,13 +99,23 @@ def _single(inputs: dict[str, Any], row: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("channels", [8, 5])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (1, 1)])
 @pytest.mark.parametrize("lengths_q", [[1] * 9, [5, 9, 3, 17, 5, 12, 33, 2, 9]], ids=str)
 def test_bits_of_a_sequence_do_not_depend_on_the_batch(
-    lengths_q: list[int], heads: tuple[int, int]
+    lengths_q: list[int], heads: tuple[int, int], channels: int
 ) -> None:
     kv_lens = [5, 9, 3, 17, 5, 12, 33, 2, 9]
-    inputs = _inputs(lengths_q, kv_lens, heads, torch.float32)
+    inputs = _inputs(lengths_q, kv_lens, heads, torch.float32, channels)
     out: Tensor = paged_attention(**inputs)
     for row in range(len(kv_lens)):
         begin, end = inputs["cu_seqlens_q"][row : row + 2]
