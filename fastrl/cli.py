@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Words after `fastrl`; None takes them from the command line.
     """
+    _let_idle_threads_sleep()
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -65,6 +66,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone; a second failure at exit would print a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _let_idle_threads_sleep() -> None:
+    """Before torch starts its threads: those that wait must not spin beside another busy process.
+
+    Spinning threads made small models ten times slower there (docs/log.md); a value that the user
+    has set stays.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 
 def _dispatch(argv: list[str]) -> int:
