@@ -4,7 +4,7 @@
     logprob = z_token - logsumexp(z)        H = logsumexp(z) - sum_v p_v z_v
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from fastrl.errors import ShapeError
 from fastrl.ops.logprob import gather_logprobs_reference
 
 PREFERENCE = ("torch",)
-CHUNK_BYTES = 2**25
-"""Logits in memory at a time. Large enough for a full-speed product, small beside a model."""
+CHUNK_BYTES = 24 * 2**20
+"""Logits in memory at a time: enough rows for a full-speed product, and below the 32 MiB from which
+the C library hands a buffer back to the system after each use."""
 LOWEST_LOGPROB = -1e30
 """Takes the place of -inf where a log-prob is multiplied: exp(-1e30) * -1e30 is 0, not NaN."""
 
@@ -81,38 +82,54 @@ def chunk_slices(num_tokens: int, vocab_size: int, itemsize: int,
     return [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
-def chunk_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float
-) -> Tensor:
-    """Log-probs [m, V] of the whole vocabulary, for a chunk of hidden states [m, D]."""
+class ChunkDistribution(NamedTuple):
+    """What a chunk of m hidden states says about the next tokens."""
+
+    logprobs: Tensor
+    """[m], of the given tokens."""
+    entropy: Tensor
+    """[m]."""
+    probs: Tensor
+    """[m, V], p."""
+    weighted: Tensor
+    """[m, V], p log p."""
+
+
+def chunk_distribution(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, temperature: float
+) -> ChunkDistribution:
+    """The distributions of a chunk of hidden states [m, D], in two buffers [m, V]."""
     logits = hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
     if temperature != 1.0:
         logits.div_(temperature)
-    return torch.log_softmax(logits, dim=-1)
-
-
-def chunk_entropy(all_logprobs: Tensor, probs: Tensor) -> Tensor:
-    """[m], -sum_v p_v log p_v, without a product of size [m, V]."""
-    return -torch.bmm(probs[:, None, :], all_logprobs[:, :, None]).flatten()
+    all_logprobs = torch.log_softmax(logits, dim=-1)
+    logprobs = all_logprobs.gather(1, token_ids[:, None]).squeeze(1)
+    del logits
+    probs = all_logprobs.exp()
+    if bias is not None:  # the only way to a log-prob of -inf
+        all_logprobs.clamp_(min=LOWEST_LOGPROB)
+    weighted = all_logprobs.mul_(probs)
+    return ChunkDistribution(logprobs, -weighted.sum(dim=1), probs, weighted)
 
 
 def logits_gradient(
-    all_logprobs: Tensor, probs: Tensor, token_ids: Tensor, entropy: Tensor,
-    dlogprobs: Tensor, dentropy: Tensor,
+    chunk: ChunkDistribution, token_ids: Tensor, dlogprobs: Tensor, dentropy: Tensor | None
 ) -> Tensor:
-    """[m, V]: dlogprobs (onehot - p) - dentropy p (log p + H), in the memory of `all_logprobs`."""
-    dlogits = all_logprobs.add_(entropy[:, None]).mul_(-dentropy[:, None])
-    dlogits.sub_(dlogprobs[:, None]).mul_(probs)
+    """[m, V]: dlogprobs (onehot - p) - dentropy p (log p + H), in the memory of `chunk.probs`."""
+    factor = dlogprobs if dentropy is None else dlogprobs + dentropy * chunk.entropy
+    dlogits = chunk.probs.mul_(-factor[:, None])
+    if dentropy is not None:
+        dlogits.addcmul_(chunk.weighted, dentropy[:, None], value=-1)
     return dlogits.scatter_add_(1, token_ids[:, None], dlogprobs[:, None])
 
 
 def add_head_gradients(
-    dlogits: Tensor, hidden: Tensor, weight: Tensor, rows: slice,
+    dlogits: Tensor, hidden: Tensor, weight: Tensor,
     dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None,
 ) -> None:
-    """Push the gradient of a chunk's logits [m, V] into those of hidden, weight and bias."""
+    """From the gradient of a chunk's logits [m, V]: write `dhidden` [m, D], add to the others."""
     if dhidden is not None:
-        torch.mm(dlogits, weight, out=dhidden[rows])
+        torch.mm(dlogits, weight, out=dhidden)
     if dweight is not None:
         dweight.addmm_(dlogits.T, hidden)
     if dbias is not None:
@@ -120,54 +137,64 @@ def add_head_gradients(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Keeps [M, D] and [M] between forward and backward; backward makes the logits again."""
+    """Keeps its inputs between forward and backward; backward makes the logits again."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor,
         temperature: float, chunk_tokens: int | None,
     ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(hidden, weight, bias, token_ids)
+        ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
+        ctx.set_materialize_grads(False)
         dtype = wide_dtype(hidden.dtype)
-        wide_weight = weight.to(dtype)
-        wide_bias = None if bias is None else bias.to(dtype)
+        wide_weight, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         logprobs = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
         entropy = torch.empty_like(logprobs)
         for rows in chunk_slices(len(hidden), len(weight), dtype.itemsize, chunk_tokens):
-            all_logprobs = chunk_logprobs(hidden[rows].to(dtype), wide_weight, wide_bias,
-                                          temperature)
-            logprobs[rows] = all_logprobs.gather(1, token_ids[rows, None]).squeeze(1)
-            all_logprobs.clamp_(min=LOWEST_LOGPROB)
-            entropy[rows] = chunk_entropy(all_logprobs, all_logprobs.exp())
-        ctx.save_for_backward(hidden, weight, bias, token_ids, entropy)
-        ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
+            logprobs[rows], entropy[rows] = chunk_distribution(
+                hidden[rows].to(dtype), wide_weight, wide_bias, token_ids[rows], temperature
+            )[:2]
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dlogprobs: Tensor, dentropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, token_ids, entropy = ctx.saved_tensors
+    def backward(
+        ctx: Any, dlogprobs: Tensor | None, dentropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, token_ids = ctx.saved_tensors
+        dtype = wide_dtype(hidden.dtype)
+        wide_weight, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dtype = entropy.dtype
-        wide_weight = weight.to(dtype)
-        wide_bias = None if bias is None else bias.to(dtype)
         dhidden = torch.empty_like(hidden, dtype=dtype) if needs_hidden else None
         dweight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
         dbias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
+        if dlogprobs is None:
+            dlogprobs = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
         for rows in chunk_slices(len(hidden), len(weight), dtype.itemsize, ctx.chunk_tokens):
-            hidden_chunk = hidden[rows].to(dtype)
-            all_logprobs = chunk_logprobs(hidden_chunk, wide_weight, wide_bias, ctx.temperature)
-            all_logprobs.clamp_(min=LOWEST_LOGPROB)
-            dlogits = logits_gradient(
-                all_logprobs, all_logprobs.exp(), token_ids[rows], entropy[rows],
-                dlogprobs[rows], dentropy[rows],
-            ).div_(ctx.temperature)
-            add_head_gradients(dlogits, hidden_chunk, wide_weight, rows, dhidden, dweight, dbias)
+            _chunk_backward(
+                hidden[rows].to(dtype), wide_weight, wide_bias, token_ids[rows], ctx.temperature,
+                dlogprobs[rows], None if dentropy is None else dentropy[rows],
+                (None if dhidden is None else dhidden[rows], dweight, dbias),
+            )
         return (
             None if dhidden is None else dhidden.to(hidden.dtype),
             None if dweight is None else dweight.to(weight.dtype),
             None if dbias is None else dbias.to(bias.dtype),
             None, None, None,
         )
+
+
+def _chunk_backward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, temperature: float,
+    dlogprobs: Tensor, dentropy: Tensor | None,
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> None:
+    """Make a chunk's logits again and push their gradient into those of hidden, weight, bias."""
+    chunk = chunk_distribution(hidden, weight, bias, token_ids, temperature)
+    dlogits = logits_gradient(chunk, token_ids, dlogprobs / temperature,
+                              None if dentropy is None else dentropy / temperature)
+    add_head_gradients(dlogits, hidden, weight, *gradients)
 
 
 def linear_logprobs(
@@ -191,7 +218,7 @@ def linear_logprobs(
         token_ids: [M] int64.
         bias: [V] float or None; -inf forbids a token. Differentiable.
         temperature: Divides the logits.
-        chunk_tokens: Rows of logits in memory at a time; None: about 32 MiB of them.
+        chunk_tokens: Rows of logits in memory at a time; None: as many as fit in a fixed budget.
         backend: See fastrl.backends.
     Returns:
         logprobs, entropy: [M] float32 (float64 for float64) each, nats. Both differentiable, once.

@@ -24,11 +24,9 @@ from fastrl.checks import (
     wide_dtype,
 )
 from fastrl.ops.linear_logprob import (
-    LOWEST_LOGPROB,
     add_head_gradients,
     check_linear,
-    chunk_entropy,
-    chunk_logprobs,
+    chunk_distribution,
     chunk_slices,
     linear_logprobs_reference,
     logits_gradient,
@@ -104,19 +102,11 @@ def _loss_and_gradients(
     )
     for rows in chunk_slices(num_tokens, len(weight), dtype.itemsize, chunk_tokens):
         chunk = _Rows(*(values[rows] for values in tokens))
-        # A masked row is computed as if its hidden state were 0: what it holds, NaN too, is no
-        # matter.
-        hidden = chunk.hidden.to(dtype).masked_fill(~chunk.loss_mask[:, None], 0.0)
-        all_logprobs = chunk_logprobs(hidden, wide_weight, wide_bias, coefficients.temperature)
-        logprobs[rows] = all_logprobs.gather(1, chunk.token_ids[:, None]).squeeze(1)
-        if bias is not None:  # the only way to a log-prob of -inf
-            all_logprobs.clamp_(min=LOWEST_LOGPROB)
-        probs = all_logprobs.exp()
-        entropy[rows] = chunk_entropy(all_logprobs, probs)
-        if any(needs):
-            dlogits = _chunk_gradient(all_logprobs, probs, logprobs[rows], entropy[rows], chunk,
-                                      coefficients)
-            add_head_gradients(dlogits, hidden, wide_weight, rows, *gradients)
+        logprobs[rows], entropy[rows] = _process_chunk(
+            chunk, wide_weight, wide_bias, coefficients,
+            _Gradients(None if gradients.hidden is None else gradients.hidden[rows],
+                       gradients.weight, gradients.bias),
+        )
     losses, stats = token_losses(logprobs, tokens.old_logprobs, tokens.advantages,
                                  tokens.loss_mask, coefficients.clip_range, entropy)
     bonus = entropy.masked_fill(~tokens.loss_mask, 0.0).sum()
@@ -124,18 +114,28 @@ def _loss_and_gradients(
     return loss, stats, gradients
 
 
-def _chunk_gradient(
-    all_logprobs: Tensor, probs: Tensor, logprobs: Tensor, entropy: Tensor, chunk: _Rows,
-    coefficients: _Coefficients,
-) -> Tensor:
-    """Gradient of the loss with respect to a chunk's logits [m, V], in one of its buffers."""
-    scale = 1 / (coefficients.denominator * coefficients.temperature)
-    dlogprobs = scale * _logprobs_gradient(logprobs, chunk, coefficients.clip_range)
-    if coefficients.entropy_coef == 0:
-        dlogits = probs.mul_(-dlogprobs[:, None])
-        return dlogits.scatter_add_(1, chunk.token_ids[:, None], dlogprobs[:, None])
-    dentropy = -coefficients.entropy_coef * scale * chunk.loss_mask.to(probs.dtype)
-    return logits_gradient(all_logprobs, probs, chunk.token_ids, entropy, dlogprobs, dentropy)
+def _process_chunk(
+    chunk: _Rows, weight: Tensor, bias: Tensor | None, coefficients: _Coefficients,
+    gradients: _Gradients,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropy [m] of a chunk; its gradients are added to `gradients`.
+
+    A function of its own, so that the chunk's logits are freed before the next ones are made.
+    """
+    # A masked row is computed as if its hidden state were 0: what it holds, NaN too, is no matter.
+    hidden = chunk.hidden.to(weight.dtype).masked_fill(~chunk.loss_mask[:, None], 0.0)
+    distribution = chunk_distribution(hidden, weight, bias, chunk.token_ids,
+                                      coefficients.temperature)
+    if any(gradient is not None for gradient in gradients):
+        scale = 1 / (coefficients.denominator * coefficients.temperature)
+        dlogprobs = scale * _logprobs_gradient(distribution.logprobs, chunk,
+                                               coefficients.clip_range)
+        dentropy = None
+        if coefficients.entropy_coef > 0:
+            dentropy = -coefficients.entropy_coef * scale * chunk.loss_mask.to(weight.dtype)
+        dlogits = logits_gradient(distribution, chunk.token_ids, dlogprobs, dentropy)
+        add_head_gradients(dlogits, hidden, weight, *gradients)
+    return distribution.logprobs, distribution.entropy
 
 
 def _logprobs_gradient(logprobs: Tensor, chunk: _Rows, clip_range: float) -> Tensor:

@@ -39,7 +39,7 @@ class PolicyStats:
     entropy: Tensor
     """Entropies in nats; 0 where the op does not know them (policy_loss)."""
     max_abs_log_ratio: Tensor
-    """Largest |log_ratio|: a maximum, not a sum."""
+    """Largest |log_ratio|, not held within MAX_LOG_RATIO: a maximum, not a sum."""
 
     def __add__(self, other: "PolicyStats") -> "PolicyStats":
         """Statistics of both microbatches together."""
@@ -58,8 +58,8 @@ def token_losses(
 ) -> tuple[Tensor, PolicyStats]:
     """Clipped losses [M], 0 where masked, and their statistics."""
     dtype = wide_dtype(logprobs.dtype)
-    log_ratio = (logprobs.to(dtype) - old_logprobs.to(dtype)).masked_fill(~loss_mask, 0.0)
-    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    exact = (logprobs.to(dtype) - old_logprobs.to(dtype)).masked_fill(~loss_mask, 0.0)
+    log_ratio = exact.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     advantages = advantages.to(dtype).masked_fill(~loss_mask, 0.0)
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
@@ -75,7 +75,7 @@ def token_losses(
         ratio=ratio.detach().double().masked_fill(~loss_mask, 0.0).sum(),
         entropy=torch.zeros_like(wide.sum()) if entropy is None
         else entropy.detach().double().masked_fill(~loss_mask, 0.0).sum(),
-        max_abs_log_ratio=torch.cat([wide.abs(), wide.new_zeros(1)]).amax(),
+        max_abs_log_ratio=torch.cat([exact.detach().double().abs(), wide.new_zeros(1)]).amax(),
     )
     return losses, stats
 
