@@ -4,12 +4,13 @@ A model calls `attention(layer, query, key, value, scale=..., window=None)` afte
 tokens, Hq and Hk query and KV heads, C channels per head, B sequences.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from fastrl.ops import packed_attention, paged_attention, write_kv
+from fastrl.ops.paged_attention import PagedPlan
 
 
 class Attention(Protocol):
@@ -68,6 +69,8 @@ class PagedAttention:
     """Most new tokens of a sequence."""
     max_kv_len: int
     """Tokens of the longest sequence."""
+    plan: PagedPlan = field(default_factory=PagedPlan)
+    """What all layers of the pass share."""
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float,
@@ -78,4 +81,5 @@ class PagedAttention:
         return paged_attention(
             query, self.kv_pages, layer, self.page_table, self.kv_lens, self.cu_seqlens_q,
             max_seqlen_q=self.max_seqlen_q, max_kv_len=self.max_kv_len, scale=scale, window=window,
+            plan=self.plan,
         )

@@ -8,7 +8,8 @@ heads, C channels per head, L layers.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,39 @@ CHUNK_BYTES = 2**21
 """Keys and values gathered at a time: what is gathered is read again while it is in cache."""
 DENSE_BLOCK = 512
 """Keys that the dense CPU kernel takes at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class PagedGroup:
+    """Sequences of one shape, taken in one dense call."""
+
+    rows_q: Tensor
+    """[b * q] int64, their rows of the query."""
+    length_q: int
+    """q, query tokens of each."""
+    is_prompt: bool
+    """The query tokens are all there is in the cache."""
+    kv_lens: Tensor
+    """[b] int64."""
+    pages: Tensor
+    """[b * pages] int64, page 0 where a sequence has none."""
+    num_rows: int
+    """Query rows of the dense call for each KV head (of a prompt: for each query head)."""
+    num_slots: int
+    """S, cached tokens of the dense call."""
+    first_unwritten: int
+    """The first slot that some sequence has not written."""
+    unwritten: Tensor
+    """[b, S - first_unwritten, 1, 1] bool."""
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+    """By window: [b, 1, num_rows, S] bool, True where a row may see a slot."""
+
+
+@dataclass(slots=True)
+class PagedPlan:
+    """What the layers of one pass share. Made empty; the first layer fills it."""
+
+    groups: list[PagedGroup] | None = None
 
 
 def paged_attention_reference(
@@ -95,7 +129,7 @@ def _check(
 def paged_attention(
     query: Tensor, kv_pages: Tensor, layer: int, page_table: Tensor, kv_lens: Tensor,
     cu_seqlens_q: Tensor, *, max_seqlen_q: int, max_kv_len: int, scale: float,
-    window: int | None = None, backend: str | None = None,
+    window: int | None = None, plan: PagedPlan | None = None, backend: str | None = None,
 ) -> Tensor:
     """Causal attention of the newest tokens of each sequence over its cached tokens.
 
@@ -115,6 +149,8 @@ def paged_attention(
         max_seqlen_q, max_kv_len: The longest of each, known to the host.
         scale: Factor of the scores, usually C ** -0.5.
         window: Keys a query may see, itself included; None sees all before it.
+        plan: One object for all layers of a pass, so that the first does for all of them what
+            depends on the arguments other than query, layer, scale and window.
         backend: See fastrl.backends.
     Returns:
         [N, Hq, C], dtype of query. No gradient.
@@ -129,48 +165,73 @@ def paged_attention(
     choose("paged_attention", "paged_attention", PREFERENCE, query.device.type, query.dtype,
            backend)
     return _paged_attention_torch(
-        query, kv_pages, layer, page_table, kv_lens, cu_seqlens_q, max_seqlen_q, scale, window
+        query, kv_pages, layer, page_table, kv_lens, cu_seqlens_q, max_seqlen_q, scale, window,
+        plan or PagedPlan(),
     )
 
 
 def _paged_attention_torch(
     query: Tensor, kv_pages: Tensor, layer: int, page_table: Tensor, kv_lens: Tensor,
-    cu_seqlens_q: Tensor, max_seqlen_q: int, scale: float, window: int | None,
+    cu_seqlens_q: Tensor, max_seqlen_q: int, scale: float, window: int | None, plan: PagedPlan,
 ) -> Tensor:
     """Sequences of one shape go together, as many at a time as fit CHUNK_BYTES."""
+    if plan.groups is None:
+        plan.groups = list(_groups(query, kv_pages, page_table, kv_lens, cu_seqlens_q,
+                                   max_seqlen_q))
     out = torch.zeros_like(query)
-    page_size = kv_pages.shape[3]
-    page_bytes = 2 * kv_pages[0, 0, 0].numel() * kv_pages.element_size()
-    lengths_q = ([1] * len(kv_lens) if max_seqlen_q == 1
-                 else (cu_seqlens_q[1:] - cu_seqlens_q[:-1]).tolist())
-    groups = _groups_by_shape(lengths_q, kv_lens.tolist(), page_size)
-    for (length_q, num_pages, is_prompt), members in groups.items():
-        offsets = torch.arange(length_q, device=query.device)
-        step = max(1, CHUNK_BYTES // (num_pages * page_bytes))
-        for first in range(0, len(members), step):
-            rows = torch.tensor(members[first : first + step], device=query.device)
-            rows_q = (cu_seqlens_q[rows, None] + offsets).flatten()
-            query_chunk = query.index_select(0, rows_q).view(len(rows), length_q, *query.shape[1:])
-            lens = kv_lens[rows]
-            cached = _Cached(kv_pages, layer, page_table[rows], lens)
-            if is_prompt:
-                attended = _attend_prompt(query_chunk, cached, scale, window)
-            else:
-                attended = _attend_last(query_chunk, cached, num_pages * page_size, scale, window)
-            out.index_copy_(0, rows_q, attended.flatten(0, 1))
+    for group in plan.groups:
+        chunk = query.index_select(0, group.rows_q)
+        chunk = chunk.view(-1, group.length_q, *query.shape[1:])  # [b, q, Hq, C]
+        key, value = _gather(kv_pages, layer, group)
+        attend = _attend_prompt if group.is_prompt else _attend_last
+        attended = attend(chunk, key, value, group, scale, window)
+        out.index_copy_(0, group.rows_q, attended.flatten(0, 1))
     return out
 
 
-def _groups_by_shape(
-    lengths_q: list[int], kv_lens: list[int], page_size: int
-) -> dict[tuple[int, int, bool], list[int]]:
-    """Rows by (query tokens, pages, whether the query is all there is in the cache)."""
-    groups: defaultdict[tuple[int, int, bool], list[int]] = defaultdict(list)
-    for row, (length_q, kv_len) in enumerate(zip(lengths_q, kv_lens, strict=True)):
+def _groups(
+    query: Tensor, kv_pages: Tensor, page_table: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+) -> Iterator[PagedGroup]:
+    """Sequences by (query tokens, pages, whether the query is all there is in the cache)."""
+    page_size, num_kv_heads = kv_pages.shape[3:5]
+    page_bytes = 2 * kv_pages[0, 0, 0].numel() * kv_pages.element_size()
+    lengths_q = ([1] * len(kv_lens) if max_seqlen_q == 1
+                 else (cu_seqlens_q[1:] - cu_seqlens_q[:-1]).tolist())
+    members: defaultdict[tuple[int, int, bool], list[int]] = defaultdict(list)
+    for row, (length_q, kv_len) in enumerate(zip(lengths_q, kv_lens.tolist(), strict=True)):
         if length_q and kv_len:
             num_pages = page_bucket(-(-kv_len // page_size))
-            groups[length_q, num_pages, length_q == kv_len > 1].append(row)
-    return groups
+            members[length_q, num_pages, length_q == kv_len > 1].append(row)
+    for (length_q, num_pages, is_prompt), rows in members.items():
+        num_rows = length_q if is_prompt else length_q * (query.shape[1] // num_kv_heads)
+        num_slots = length_q if is_prompt else num_pages * page_size
+        num_rows, num_slots = _dense_shape(num_rows, num_slots, query.shape[2])
+        step = max(1, CHUNK_BYTES // (num_pages * page_bytes))
+        for first in range(0, len(rows), step):
+            yield _group(torch.tensor(rows[first : first + step], device=query.device),
+                         length_q, is_prompt, num_rows, num_slots, page_size, page_table,
+                         kv_lens, cu_seqlens_q)
+
+
+def _group(
+    rows: Tensor, length_q: int, is_prompt: bool, num_rows: int, num_slots: int, page_size: int,
+    page_table: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor,
+) -> PagedGroup:
+    """The sequences `rows` [b] as one dense call."""
+    offsets = torch.arange(length_q, device=rows.device)
+    lens = kv_lens[rows]
+    num_pages = -(-num_slots // page_size)
+    missing = max(0, num_pages - page_table.shape[1])
+    pages = F.pad(page_table[rows], (0, missing))[:, :num_pages]
+    slots = torch.arange(num_slots, device=rows.device)
+    pages = pages.masked_fill(slots[::page_size] >= lens[:, None], 0)
+    first_unwritten = min(int(lens.min()), num_slots)
+    unwritten = (slots[first_unwritten:] >= lens[:, None])[..., None, None]
+    return PagedGroup(
+        rows_q=(cu_seqlens_q[rows, None] + offsets).flatten(), length_q=length_q,
+        is_prompt=is_prompt, kv_lens=lens, pages=pages.flatten(), num_rows=num_rows,
+        num_slots=num_slots, first_unwritten=first_unwritten, unwritten=unwritten)
 
 
 def page_bucket(num_pages: int) -> int:
@@ -179,70 +240,58 @@ def page_bucket(num_pages: int) -> int:
     return -(-num_pages // unit) * unit
 
 
-@dataclass(frozen=True, slots=True)
-class _Cached:
-    """What b sequences have in one layer of the cache."""
-
-    kv_pages: Tensor
-    layer: int
-    page_table: Tensor
-    """[b, pages]."""
-    kv_lens: Tensor
-    """[b]."""
-
-    def gather(self, num_slots: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [b, num_slots, Hk, C], 0 past kv_lens."""
-        page_size = self.kv_pages.shape[3]
-        num_pages = -(-num_slots // page_size)
-        missing = max(0, num_pages - self.page_table.shape[1])
-        pages = F.pad(self.page_table, (0, missing))[:, :num_pages]
-        slots = torch.arange(num_slots, device=pages.device)
-        pages = pages.masked_fill(slots[::page_size] >= self.kv_lens[:, None], 0).flatten()
+def _gather(kv_pages: Tensor, layer: int, group: PagedGroup) -> tuple[Tensor, Tensor]:
+    """Keys and values [b, S, Hk, C] of a group, 0 past the length of a sequence."""
+    sides = []
+    for side in (0, 1):
+        gathered = kv_pages[:, layer, side].index_select(0, group.pages)
+        gathered = gathered.view(len(group.kv_lens), -1, *gathered.shape[2:])[:, :group.num_slots]
         # A slot that was never written may hold NaN, and 0 * NaN would reach the sum over values.
-        begin = min(int(self.kv_lens.min()), num_slots)
-        unwritten = (slots[begin:] >= self.kv_lens[:, None])[..., None, None]
-        sides = []
-        for side in (0, 1):
-            gathered = self.kv_pages[:, self.layer, side].index_select(0, pages)
-            gathered = gathered.view(len(self.kv_lens), -1, *gathered.shape[2:])[:, :num_slots]
-            gathered[:, begin:].masked_fill_(unwritten, 0)
-            sides.append(gathered)
-        return sides[0], sides[1]
+        gathered[:, group.first_unwritten :].masked_fill_(group.unwritten, 0)
+        sides.append(gathered)
+    return sides[0], sides[1]
 
 
 def _attend_prompt(
-    query: Tensor, cached: _Cached, scale: float, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, group: PagedGroup, scale: float,
+    window: int | None,
 ) -> Tensor:
     """[b, q, Hq, C] from query tokens [b, q, Hq, C] that are all there is in the cache."""
-    length = query.shape[1]
-    num_rows, num_slots = _dense_shape(length, length, query.shape[3])
     mask = None
-    if window is not None and window < length:
-        visible = _visible(torch.arange(num_rows, device=query.device),
-                           torch.arange(num_slots, device=query.device), window)
+    if window is not None and window < group.length_q:
+        visible = _visible(torch.arange(group.num_rows, device=query.device),
+                           torch.arange(group.num_slots, device=query.device), window)
         mask = visible[None, None]
-    key, value = cached.gather(num_slots)
-    out = _dense(query.transpose(1, 2), key, value, mask, num_rows, scale)
+    out = _dense(query.transpose(1, 2), key, value, mask, group.num_rows, scale)
     return out.transpose(1, 2)
 
 
 def _attend_last(
-    query: Tensor, cached: _Cached, num_slots: int, scale: float, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, group: PagedGroup, scale: float,
+    window: int | None,
 ) -> Tensor:
     """[b, q, Hq, C] from query tokens [b, q, Hq, C] that are the last in the cache."""
     batch_size, length, num_heads, channels = query.shape
-    num_kv_heads = cached.kv_pages.shape[4]
-    group = num_heads // num_kv_heads
-    num_rows, num_slots = _dense_shape(group * length, num_slots, channels)
-    positions = cached.kv_lens[:, None] - length + torch.arange(length, device=query.device)
-    visible = _visible(positions, torch.arange(num_slots, device=query.device), window)
+    num_kv_heads = key.shape[2]
+    num_shared = num_heads // num_kv_heads
+    if window not in group.masks:
+        group.masks[window] = _last_mask(group, num_shared, window)
     # The query heads of a KV head stand beside each other as if they were query tokens.
-    query = query.view(batch_size, length, num_kv_heads, group, channels).permute(0, 2, 3, 1, 4)
-    mask = visible[:, None].repeat(1, 1, group, 1)  # [b, 1, group * q, S]
-    key, value = cached.gather(num_slots)
-    out = _dense(query.flatten(2, 3), key, value, mask, num_rows, scale)
-    out = out.reshape(batch_size, num_kv_heads, group, length, channels)
+    query = query.view(batch_size, length, num_kv_heads, num_shared, channels)
+    query = query.permute(0, 2, 3, 1, 4).flatten(2, 3)
+    out = _dense(query, key, value, group.masks[window], group.num_rows, scale)
+    out = out.reshape(batch_size, num_kv_heads, num_shared, length, channels)
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _last_mask(group: PagedGroup, num_shared: int, window: int | None) -> Tensor:
+    """[b, 1, rows, S] bool for `num_shared` query heads per KV head, padded rows seeing all."""
+    device = group.kv_lens.device
+    offsets = torch.arange(group.length_q, device=device)
+    positions = group.kv_lens[:, None] - group.length_q + offsets
+    visible = _visible(positions, torch.arange(group.num_slots, device=device), window)
+    mask = visible[:, None].repeat(1, 1, num_shared, 1)
+    return F.pad(mask, (0, 0, 0, group.num_rows - mask.shape[2]), value=True)
 
 
 def _dense_shape(num_rows: int, num_slots: int, channels: int) -> tuple[int, int]:
@@ -270,14 +319,12 @@ def _dense(
     """[b, H, q, C] from query [b, H, q, C] and key, value [b, S, Hk, C], with `num_rows` rows.
 
     Args:
-        mask: [b or 1, 1, q or num_rows, S] bool; None: causal from the first key on.
+        mask: [b or 1, 1, num_rows, S] bool; None: causal from the first key on.
     """
     batch_size, _, length, channels = query.shape
     if channels % 4:
         query, key, value = (F.pad(x, (0, -channels % 4)) for x in (query, key, value))
     query = F.pad(query, (0, 0, 0, num_rows - length))
-    if mask is not None and mask.shape[2] < num_rows:
-        mask = F.pad(mask, (0, 0, 0, num_rows - length), value=True)
     if query.shape[0] * query.shape[1] == 1:  # a single product would be cut among the threads
         query, key, value = (x.expand(2, -1, -1, -1) for x in (query, key, value))
     out = F.scaled_dot_product_attention(

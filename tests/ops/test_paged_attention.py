@@ -10,6 +10,7 @@ from torch import Tensor
 from fastrl.errors import BackendUnavailableError, ShapeError
 from fastrl.ops.packed_attention import packed_attention
 from fastrl.ops.paged_attention import (
+    PagedPlan,
     page_bucket,
     paged_attention,
     paged_attention_reference,
@@ -148,3 +149,14 @@ def test_bad_input(change: dict[str, object], message: str) -> None:
 def test_a_backend_that_is_not_there_is_refused() -> None:
     with pytest.raises(BackendUnavailableError, match="paged_attention"):
         paged_attention(**_inputs([1], [1]), backend="triton")
+
+
+def test_a_plan_serves_every_layer_and_window() -> None:
+    inputs = _inputs([3, 1, 6], [3, 9, 6])
+    plan = PagedPlan()
+    for layer in (0, 1):
+        for window in (None, 2, 4):
+            arguments = inputs | {"layer": layer, "window": window}
+            assert torch.equal(paged_attention(**arguments, plan=plan),
+                               paged_attention(**arguments))
+    assert plan.groups is not None and len(plan.groups) == 3
