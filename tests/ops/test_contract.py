@@ -122,7 +122,7 @@ def test_non_contiguous_inputs_give_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", ["whiten", "kl_estimate", "shape_rewards", "compute_gae",
                                   "gather_logprobs", "policy_loss", "value_loss"])
 def test_compiles_to_one_graph(name: str) -> None:
-    """Ops in plain torch that a compiled training step would hold; eager backend: the graph only."""
+    """Plain-torch ops that a compiled training step holds; the graph only, no code generation."""
     arguments, keywords = CALLS[name]()
     function = getattr(ops, name)
 
