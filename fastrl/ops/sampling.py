@@ -20,6 +20,8 @@ _LOW_32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+TILE = 256
+"""Tokens whose probabilities are summed before the drawn one is searched among them."""
 _REQUEST_COUNTER = 1
 """Third counter word of request seeds; tokens use 0, so the two streams never meet."""
 
@@ -186,19 +188,40 @@ def _sample_tokens_torch(
         raw = logits.gather(1, token_ids[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
         chosen = torch.where(raw_logprobs, raw, chosen)
     # Where p is 0 its log may be -inf, and 0 * -inf is not a number.
-    entropy = -(probs * logprobs.clamp_min(torch.finfo(dtype).min)).sum(dim=-1)
+    entropy = -logprobs.clamp_min_(torch.finfo(dtype).min).mul_(probs).sum(dim=-1)
     return token_ids, chosen.float(), entropy.float()
 
 
 def _inverse_cdf(probs: Tensor, drawn: Tensor) -> Tensor:
     """[B] int64: the first token whose cumulative probability passes drawn [B] x the total.
 
-    The float64 running sum of a row never decreases and stays equal over tokens of probability
-    0, so the first entry above the target has a probability above 0.
+    First the tile of the vocabulary is found, from one sum per tile, then the token within it:
+    running sums of whole rows would cost more than the softmax.
     """
-    cdf = probs.cumsum(dim=-1, dtype=torch.float64)
-    token_ids = torch.searchsorted(cdf, drawn[:, None] * cdf[:, -1:], right=True).squeeze(1)
-    return token_ids.clamp_max(probs.shape[1] - 1)  # only rows of NaN go past the end
+    batch_size, vocab_size = probs.shape
+    whole = vocab_size // TILE * TILE
+    sums = [probs[:, :whole].view(batch_size, -1, TILE).sum(dim=-1),
+            probs[:, whole:].sum(dim=-1, keepdim=True)]
+    tile, rest = _first_above(torch.cat(sums, dim=1), drawn)
+    columns = tile[:, None] * TILE + torch.arange(TILE, device=probs.device)
+    inside = probs.gather(1, columns.clamp_max(vocab_size - 1))
+    offset, _ = _first_above(inside.masked_fill(columns >= vocab_size, 0), rest)
+    return (tile * TILE + offset).clamp_max(vocab_size - 1)  # beyond: only rows of NaN
+
+
+def _first_above(weights: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """Index [B] where the running sum of weights [B, K] passes drawn [B] x the total.
+
+    And where inside that weight it does, from 0 to 1. The running sum is float64, never decreases
+    and does not change over weights of 0; the target is below the total; so the weight is not 0.
+    """
+    cdf = weights.cumsum(dim=-1, dtype=torch.float64)
+    total = cdf[:, -1]
+    target = torch.minimum(drawn * total, torch.nextafter(total, torch.zeros_like(total)))
+    index = torch.searchsorted(cdf, target[:, None], right=True).clamp_max(weights.shape[1] - 1)
+    weight = weights.gather(1, index)
+    before = cdf.gather(1, index) - weight
+    return index.squeeze(1), ((target[:, None] - before) / weight).squeeze(1).clamp(0, 1)
 
 
 def _truncate(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
