@@ -1,6 +1,9 @@
 """Gold scores, noisy rankings and their limits."""
 
 import math
+import re
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,3 +101,13 @@ def test_labels_that_cannot_be_ranked_are_refused():
         pair_agreement(torch.zeros(3, 1), 1.0, count_ties=True)
     with pytest.raises(ConfigError, match="target_agreement"):
         fit_noise_scale(GOLD, 0.5)
+
+
+def test_example_learns_close_to_the_bayes_limit(capsys):
+    runpy.run_path(str(Path(__file__).parents[1] / "examples/reward_tiny.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    accuracy, limit = map(float, re.search(r"accuracy ([\d.]+), Bayes limit ([\d.]+)", printed
+                                           ).groups())
+    assert limit - 0.08 < accuracy < limit + 0.05
+    first, middle, last = map(float, printed.split(":")[-1].split(","))
+    assert first < middle < last

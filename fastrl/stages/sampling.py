@@ -129,9 +129,8 @@ def rank(run: RankRun, open_folder: OpenFolder, console: Console) -> None:
                               "num_samples_per_prompt": run.num_samples_per_prompt}
     with open_folder() as folder:
         for name, part in parts.items():
-            rollout = engine.generate([p.token_ids for p in part], run.sampling,
-                                      seed=derive_seed(run.seed, name, "samples"),
-                                      num_samples_per_prompt=run.num_samples_per_prompt)
+            rollout = _generate(engine, part, run, derive_seed(run.seed, name, "samples"), name,
+                                console)
             gold = score_responses(gold_score, rollout, part, encoder, run.sampling.max_new_tokens
                                    ).reshape(len(part), run.num_samples_per_prompt)
             if labels["noise_scale"] is None:
@@ -146,6 +145,16 @@ def rank(run: RankRun, open_folder: OpenFolder, console: Console) -> None:
     console.print(f"labels: noise scale {scale:.3f}, "
                   + ", ".join(f"{name}: agreement {labels[name]['agreement']:.3f}, "
                               f"Bayes limit {labels[name]['bayes_limit']:.3f}" for name in parts))
+
+
+def _generate(engine: Engine, prompts: Sequence[Prompt], run: RankRun, seed: int, name: str,
+              console: Console) -> Rollout:
+    """K responses to every prompt, with a progress bar."""
+    with console.progress(name, len(prompts) * run.num_samples_per_prompt) as progress:
+        return engine.generate(
+            [prompt.token_ids for prompt in prompts], run.sampling, seed=seed,
+            num_samples_per_prompt=run.num_samples_per_prompt,
+            on_progress=lambda num_tokens, num_finished, total: progress.update(num_finished, {}))
 
 
 def _write_rankings(folder: RunFolder, name: str, prompts: Sequence[Prompt], rollout: Rollout,
