@@ -57,8 +57,8 @@ def write_world(folder: Path, seed: int) -> None:
     """Write text, demonstrations, prompts and tokenizer; the same seed writes the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(derive_seed(seed, "world"))
-    _write_text(folder / "corpus.txt", list(world.corpus(NUM_DOCUMENTS, rng)))
-    _write_text(folder / "heldout.txt", list(world.corpus(NUM_HELDOUT_DOCUMENTS, rng)))
+    for name, count in (("corpus", NUM_DOCUMENTS), ("heldout", NUM_HELDOUT_DOCUMENTS)):
+        _write_rows(folder / f"{name}.jsonl", [{"text": t} for t in world.corpus(count, rng)])
     questions = world.all_questions(rng)
     held = NUM_EVAL_PROMPTS + NUM_HELDOUT_PROMPTS
     parts = {
@@ -73,10 +73,6 @@ def write_world(folder: Path, seed: int) -> None:
         for _ in range(NUM_ANSWERS) for q in parts["prompts_train"]
     ])
     word_tokenizer(world.vocabulary(), folder / "tokenizer")
-
-
-def _write_text(path: Path, documents: Sequence[str]) -> None:
-    path.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -18,7 +18,7 @@ def test_the_same_seed_writes_the_same_world_and_another_seed_another(tmp_path: 
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         write_world(tmp_path / name, seed)
     files = sorted(p.name for p in (tmp_path / "a").glob("*.*"))
-    assert files == ["corpus.txt", "demonstrations.jsonl", "heldout.txt", "prompts_eval.jsonl",
+    assert files == ["corpus.jsonl", "demonstrations.jsonl", "heldout.jsonl", "prompts_eval.jsonl",
                      "prompts_heldout.jsonl", "prompts_train.jsonl"]
     contents = [[(tmp_path / name / f).read_bytes() for f in files] for name in "abc"]
     assert contents[0] == contents[1]
