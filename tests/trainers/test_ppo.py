@@ -22,7 +22,12 @@ from fastrl.models.causal_lm import CausalLM
 from fastrl.models.decoder import new_decoder
 from fastrl.models.scoring import response_logprobs
 from fastrl.models.weights import load_causal_lm
-from fastrl.trainers.ppo_update import backward_critic, backward_policy
+from fastrl.trainers.ppo_update import (
+    backward_critic,
+    backward_policy,
+    batch_metrics,
+    max_logprob_gap,
+)
 from fastrl.types import Prompt, Rollout
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -52,6 +57,16 @@ def test_ratio_is_1_and_kl_is_0_at_the_start(
         assert metrics["logprob/num_recomputed"] == 0
         metrics = trainer.step()
     assert abs(metrics["kl/policy_ref"]) > 1e-3  # the policy did move
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_loss_itself_starts_at_ratio_1(task: SimpleNamespace, variant: str) -> None:
+    """With one minibatch every statistic of the loss is of the state before the step."""
+    trainer = task.make_trainer(inputs={"ptx": task.PTX}, minibatch_size=8, clip_range=1e-4,
+                                **VARIANTS[variant])
+    metrics = trainer.step()
+    assert metrics["kl/approx"] < 1e-8 and metrics["clip/fraction"] == 0
+    assert metrics["clip/value_fraction"] == 0
 
 
 @pytest.mark.parametrize("variant", ["ppo", "ptx", "raw log-probs"])
@@ -156,6 +171,45 @@ def test_checks_of_log_probs_can_be_loosened_and_left_out(task: SimpleNamespace)
     loose = metrics_with_other_engine(logprob_tolerance=100.0)
     assert loose["logprob/gap_max"] > 1e-3 and loose["logprob/num_recomputed"] == 0
     assert "logprob/gap_max" not in metrics_with_other_engine(num_logprob_checks=0)
+
+
+@pytest.mark.parametrize("num_checks", [1, 3, 8])
+def test_number_of_log_prob_checks(task: SimpleNamespace, num_checks: int) -> None:
+    """A wrong log-prob in one response is seen when that response is among those recomputed."""
+    trainer = task.make_trainer(num_logprob_checks=num_checks)
+    rollout = task.catch_batch(trainer).rollout
+    num_seen = 0
+    for row in range(8):
+        logprobs = rollout.rollout_logprobs.clone()
+        logprobs[row, 0] += 0.5
+        wrong = dataclasses.replace(rollout, rollout_logprobs=logprobs)
+        num_seen += max_logprob_gap(trainer.policy, wrong, trainer.config, 0) > 0.4
+    assert num_seen == num_checks
+
+
+def test_metrics_of_a_batch(task: SimpleNamespace) -> None:
+    """Two responses worked out by hand; the first did not stop."""
+    batch = task.catch_batch(task.make_trainer(rollout_batch_size=2, minibatch_size=2))
+    mask = torch.tensor([[True, True], [True, False]])
+    rollout = dataclasses.replace(
+        batch.rollout, response_mask=mask, entropy=torch.tensor([[0.2, 0.4], [0.9, 0.0]]),
+        finish_reasons=("length", "stop"))
+    metrics = batch_metrics(dataclasses.replace(
+        batch, rollout=rollout,
+        old_logprobs=torch.tensor([[-1.0, -2.0], [-0.5, 0.0]]),
+        ref_logprobs=torch.tensor([[-1.2, -1.9], [-0.9, 0.0]]),
+        values=torch.tensor([[1.0, 2.0], [3.0, 0.0]]),
+        returns=torch.tensor([[1.0, 4.0], [4.0, 0.0]]),
+        rewards=torch.tensor([[0.1, 0.5], [-0.2, 0.0]]),
+        raw_scores=torch.tensor([1.0, 3.0]), scores=torch.tensor([-1.0, 3.0])))
+    assert metrics == {name: pytest.approx(value, abs=1e-6) for name, value in {
+        "reward/score_mean": 2.0, "reward/score_std": 1.0, "reward/used_score_mean": 1.0,
+        "reward/total_mean": 0.2, "kl/policy_ref": 0.25,
+        "kl/policy_ref_k3": (0.01873075 + 0.00517092 + 0.07032005) / 2,
+        "entropy/mean": 0.5, "response/length_mean": 1.5, "response/eos_rate": 0.5,
+        "value/mean": 2.0, "value/return_mean": 3.0, "value/return_std": math.sqrt(2.0),
+        # Errors 0, 2, 1: MSE 5/3, variance 2; spread of the errors sqrt(2/3).
+        "value/explained_variance": 1 - 5 / 6, "advantage/std": math.sqrt(2 / 3)}.items()}
 
 
 @pytest.mark.parametrize("settings", [{}, {"ptx_coef": 0.5, "ptx_ratio": 2.0,
@@ -292,13 +346,28 @@ def test_a_bad_critic_is_named(task: SimpleNamespace) -> None:
         trainer.step()
 
 
-def test_a_bad_gradient_stops_before_the_step(task: SimpleNamespace) -> None:
-    trainer = task.make_trainer(value_coef=1e38, critic_max_grad_norm=None)
-    before = task.weights_of(trainer.critic)
-    with pytest.raises(NumericsError, match=r"iteration 0: expected a finite (loss/value|grad/"
-                                            r"critic_norm).*minibatch of responses \[\d"):
+@pytest.mark.parametrize(
+    ("model", "quantity", "settings"),
+    [("critic", "(loss/value|grad/critic_norm)", {"value_coef": 1e38,
+                                                  "critic_max_grad_norm": None}),
+     ("policy", "(loss/ptx|grad/policy_norm)", {"ptx_coef": 1e39})])
+def test_a_bad_gradient_stops_before_the_step(
+    task: SimpleNamespace, model: str, quantity: str, settings: dict[str, Any]
+) -> None:
+    trainer = task.make_trainer(inputs={"ptx": task.PTX}, **settings)
+    before = task.weights_of(getattr(trainer, model))
+    with pytest.raises(NumericsError, match=rf"iteration 0: expected a finite {quantity}.*"
+                                            r"minibatch of responses \[\d"):
         trainer.step()
-    assert task.equal(before, task.weights_of(trainer.critic))
+    assert task.equal(before, task.weights_of(getattr(trainer, model)))
+
+
+def test_a_bad_held_out_score_is_named(task: SimpleNamespace) -> None:
+    trainer = task.make_trainer(
+        scorer=lambda rollout: torch.full((rollout.batch_size,), float("nan")), eval_steps=1,
+        inputs={"eval_prompts": task.PROMPTS})
+    with pytest.raises(NumericsError, match=r"finite scores.*response 0 \(6 of 6 responses\)"):
+        trainer.step()
 
 
 def test_equal_scores_are_harmless(task: SimpleNamespace) -> None:
