@@ -24,22 +24,26 @@ with torch.device("cpu"):
     torch.empty(0)  # torch now remembers the real functions for `with torch.device("meta")`
 
 
+def shared_folder(folder: Path, *, must_exist: bool) -> Path:
+    """`folder`, or a skip with the reason; where it must exist, a failure."""
+    if folder.is_dir():
+        return folder
+    reason = "needs ../shared (models and data beside the repository)"
+    if must_exist:
+        pytest.fail(f"{reason}, and CI=true says it has to be there")
+    pytest.skip(reason)
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder of models and data beside the repository; skips where there is none."""
-    if not SHARED.is_dir():
-        pytest.skip("needs ../shared (models and data beside the repository)")
-    return SHARED
+    return shared_folder(SHARED, must_exist=False)
 
 
 @pytest.fixture
 def required_shared() -> Path:
     """The same folder for tests that CI must not skip: without it they fail where CI=true."""
-    if not SHARED.is_dir() and os.environ.get("CI") == "true":
-        pytest.fail("needs ../shared (models and data beside the repository), and CI is true")
-    if not SHARED.is_dir():
-        pytest.skip("needs ../shared (models and data beside the repository)")
-    return SHARED
+    return shared_folder(SHARED, must_exist=os.environ.get("CI") == "true")
 
 
 @pytest.fixture(scope="session")

@@ -120,15 +120,22 @@ def test_non_contiguous_inputs_give_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["whiten", "kl_estimate", "shape_rewards", "compute_gae",
-                                  "gather_logprobs", "policy_loss", "value_loss"])
+                                  "gather_logprobs", "policy_loss", "value_loss",
+                                  "linear_logprobs", "linear_policy_loss"])
 def test_compiles_to_one_graph(name: str) -> None:
     """Plain-torch ops that a compiled training step holds; the graph only, no code generation."""
+    torch.compiler.reset()  # all ops share the frame of `call`, which may recompile 8 times
     arguments, keywords = CALLS[name]()
     function = getattr(ops, name)
+    arguments[0].requires_grad_()
 
     def call(*tensors: Tensor) -> Tensor:
         returned = function(*tensors, **keywords)
         return returned[0] if isinstance(returned, tuple) else returned
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*arguments), call(*arguments))
+    got, expected = compiled(*arguments), call(*arguments)
+    torch.testing.assert_close(got, expected)
+    if expected.requires_grad:
+        got, expected = (torch.autograd.grad(x.sum(), arguments[0])[0] for x in (got, expected))
+        torch.testing.assert_close(got, expected)
