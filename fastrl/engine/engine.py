@@ -42,7 +42,7 @@ class Engine:
     """Generates from a model with a paged KV cache and continuous batching.
 
     Tokens of a request depend on the model, its prompt, the sampling settings, the seed and its
-    request id: not on what else is generated, in which order, with which cache or batch size.
+    request id: not on what else is generated, in which order, with how many pages or places.
 
     Args:
         model: Used where it is, with the weights that it has at each call.

@@ -119,8 +119,6 @@ class Generation:
         self.scheduler.forget(self._step)
         self._batch = self._new_rows([])
 
-    # Prompts
-
     def _start(self, admission: Admission) -> None:
         """Compute new prompts, then draw the first token of every request that starts."""
         if admission.prompts:
@@ -191,8 +189,6 @@ class Generation:
             page_table=table.to(self._device), seen=seen.to(self._device),
         )
 
-    # Decoding
-
     def _decode(self) -> None:
         """One pass over the newest token of every running sequence, and one token more."""
         grown = self.scheduler.grow(self._step)
@@ -222,8 +218,6 @@ class Generation:
             batch = self._batch.select([request.row for request in running])
             self._batch = batch.pad(self._row_count(batch.size), len(self.requests))
             self.scheduler.number_rows()
-
-    # Tokens
 
     def _draw(
         self, hidden: Tensor, batch: DecodeBatch, first_row: int
