@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastrl.errors import ConfigError, ShapeError
-from fastrl.ops import linear_logprobs
 from fastrl.ops import linear_logprob as module
+from fastrl.ops import linear_logprobs
 from fastrl.ops.linear_logprob import chunk_slices, linear_logprobs_reference
 
 M, D, V = 13, 5, 11
