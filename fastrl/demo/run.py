@@ -10,6 +10,7 @@ from fastrl.console import Console
 from fastrl.data.tokenizer import word_tokenizer
 from fastrl.demo import world
 from fastrl.pipeline import run_recipe
+from fastrl.recipe import load_recipe
 from fastrl.trainers.common import derive_seed
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
@@ -85,8 +86,8 @@ def summarize(run: Path, seed: int) -> dict[str, Any]:
     reward = _read(run / "reward/reward_report.json")
     labels = _read(run / "rank/labels.json")
     models = evaluation["models"]
-    seconds = {path.parent.name: round(_read(path)["seconds"], 1)
-               for path in sorted(run.glob("*/finished.json"))}
+    seconds = {stage.name: round(_read(run / stage.name / "finished.json")["seconds"], 1)
+               for stage in load_recipe(RECIPE).stages}
     return {
         "seed": seed,
         "num_prompts": evaluation["num_prompts"],
