@@ -68,7 +68,6 @@ def use_backend(name: str) -> Iterator[None]:
         _current.reset(token)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def choose(
     op: str, kernel: str, preference: tuple[str, ...], device_type: str, dtype: torch.dtype,
     backend: str | None = None,
@@ -102,6 +101,11 @@ def choose(
             return name
         refusals[name] = refusal.reason
     raise AssertionError(f"PREFERENCE of {op} does not end with torch: {preference}")
+
+
+# The mark that torch.compiler.assume_constant_result sets. Calling it here would import all of
+# torch._dynamo, which takes longer than the rest of torch.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def chosen_backends() -> dict[str, str]:

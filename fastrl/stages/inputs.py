@@ -53,13 +53,17 @@ def placement_names(run: Placement) -> tuple[str, str]:
 
 
 def load_policy(path: str, run: Placement, encoder: TextEncoder) -> CausalLM:
-    """A language model that reads the encoder's tokens.
+    """A language model that reads the encoder's tokens and stops at its end tokens.
+
+    Chat checkpoints often name their end-of-turn token in the tokenizer only; responses end there.
 
     Raises:
         ModelError: it cannot be loaded, or the tokenizer has ids that the model has not.
     """
     model = load_causal_lm(path, *placement_names(run))
     check_tokenizer(model.spec, encoder.max_token_id + 1)
+    stops = dict.fromkeys((*model.spec.eos_token_ids, *encoder.eos_token_ids))
+    model.spec = replace(model.spec, eos_token_ids=tuple(stops))
     return model
 
 
