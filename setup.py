@@ -29,7 +29,8 @@ def check_cuda_build() -> None:
             "install without it, every op runs through torch"
         )
     if shutil.which("nvcc") is None:
-        raise SystemExit("FASTRL_BUILD_CUDA=1: nvcc was not found on PATH; install the CUDA toolkit")
+        raise SystemExit("FASTRL_BUILD_CUDA=1: nvcc was not found on PATH; install the CUDA "
+                         "toolkit")
 
 
 if cuda_build_requested():
