@@ -1,11 +1,15 @@
-"""Argument checks that several ops share. None looks at a tensor's values."""
+"""Argument checks that several ops share.
+
+None looks at a tensor's values, except `check_values` and `check_range` where FASTRL_CHECK is 1.
+"""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from fastrl.errors import ConfigError, ShapeError
+from fastrl.environment import checks_values
+from fastrl.errors import ConfigError, NumericsError, ShapeError
 
 
 def check_shape(op: str, tensors: Mapping[str, Tensor], *, ndim: int, layout: str) -> None:
@@ -52,6 +56,47 @@ def check_index(op: str, **tensors: Tensor) -> None:
         if tensor.dtype != torch.int64:
             raise ShapeError(f"{op}: expected {name} to be int64, got {tensor.dtype}; convert it "
                              "with .long()")
+
+
+def check_values(op: str, mask: Tensor | None = None, **tensors: Tensor) -> None:
+    """Where FASTRL_CHECK is 1, no tensor holds NaN in a row that counts.
+
+    Args:
+        op: Name of the op, for the message.
+        mask: [...] bool, True for what counts; its shape begins that of the tensors. None: all.
+        tensors: Floating point.
+    Raises:
+        NumericsError: names the op, the argument, how many and where.
+    """
+    if torch.compiler.is_compiling() or not checks_values():
+        return
+    for name, tensor in tensors.items():
+        bad = tensor.detach().isnan()
+        if mask is not None:
+            bad = bad & mask.reshape(mask.shape + (1,) * (bad.dim() - mask.dim()))
+        if bad.any():
+            raise NumericsError(
+                f"{op}: expected {name} without NaN, got {int(bad.sum())} in "
+                f"{list(tensor.shape)}, the first at {bad.nonzero()[0].tolist()}; look at what "
+                "computed it (FASTRL_CHECK=1)")
+
+
+def check_range(op: str, num_values: int, *, lowest: int = 0, **tensors: Tensor) -> None:
+    """Where FASTRL_CHECK is 1, all integers lie from `lowest` to `num_values` - 1.
+
+    Raises:
+        ShapeError: names the op, the argument, the value and where it is.
+    """
+    if torch.compiler.is_compiling() or not checks_values():
+        return
+    for name, tensor in tensors.items():
+        bad = (tensor < lowest) | (tensor >= num_values)
+        if bad.any():
+            place = bad.nonzero()[0].tolist()
+            raise ShapeError(
+                f"{op}: expected {name} from {lowest} to {num_values - 1}, got "
+                f"{int(tensor[tuple(place)])} at {place}; look at what computed it "
+                "(FASTRL_CHECK=1)")
 
 
 def check_positive(op: str, **numbers: float | None) -> None:

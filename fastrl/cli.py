@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fastrl import __version__
 from fastrl.config import check
+from fastrl.environment import checks_values, set_up_logging
 from fastrl.errors import ConfigError, FastRLError
 from fastrl.options import Parser, read_options, unknown_argument
 from fastrl.runs import RUN_TYPES
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _let_idle_threads_sleep()
     try:
+        set_up_logging()
+        checks_values()  # a value that cannot be read is an error now, not in the first op
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code

@@ -10,7 +10,7 @@ class ConfigError(FastRLError, ValueError):
 
 
 class ShapeError(FastRLError, ValueError):
-    """Tensors do not have the shapes, dtypes or devices an operation needs."""
+    """Tensors do not have the shapes, dtypes, devices or index range an operation needs."""
 
 
 class DataError(FastRLError, ValueError):

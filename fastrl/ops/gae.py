@@ -15,6 +15,7 @@ from fastrl.checks import (
     check_mask,
     check_shape,
     check_share,
+    check_values,
     wide_dtype,
 )
 from fastrl.errors import ShapeError
@@ -79,6 +80,7 @@ def _check(
     check_share(op, gamma=gamma, lam=lam)
     if cu_seqlens is None:
         check_shape(op, tensors, ndim=2, layout="[B, T] (or [N] with cu_seqlens)")
+        check_values(op, response_mask, rewards=rewards, values=values)
         return
     check_shape(op, tensors, ndim=1, layout="[N] (or [B, T] without cu_seqlens)")
     check_index(op, cu_seqlens=cu_seqlens)
@@ -86,6 +88,7 @@ def _check(
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ShapeError(f"{op}: expected cu_seqlens [B+1] with B at least 1, got "
                          f"{list(cu_seqlens.shape)}")
+    check_values(op, response_mask, rewards=rewards, values=values)
 
 
 def compute_gae(

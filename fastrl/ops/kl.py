@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrl.backends import choose
-from fastrl.checks import check_float, check_mask, check_shape, wide_dtype
+from fastrl.checks import check_float, check_mask, check_shape, check_values, wide_dtype
 
 PREFERENCE = ("torch",)
 MAX_EXPONENT = 20.0
@@ -33,6 +33,7 @@ def _check(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None) -> None:
         check_mask("kl_estimate", mask=mask)
         tensors["mask"] = mask
     check_shape("kl_estimate", tensors, ndim=logprobs.dim(), layout="[...]")
+    check_values("kl_estimate", mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
 
 
 def kl_estimate(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrl.backends import choose
+from fastrl.checks import check_range
 from fastrl.errors import ShapeError
 
 PREFERENCE = ("torch",)
@@ -54,6 +55,8 @@ def _check(
         raise ShapeError(
             f"write_kv: expected a layer from 0 to {kv_pages.shape[1] - 1}, got {layer}"
         )
+    check_range("write_kv", kv_pages.shape[0] * kv_pages.shape[3], lowest=-1,
+                slot_mapping=slot_mapping)
 
 
 def write_kv(

@@ -16,6 +16,8 @@ from fastrl.checks import (
     check_float,
     check_index,
     check_positive,
+    check_range,
+    check_values,
     wide_dtype,
 )
 from fastrl.errors import ShapeError
@@ -47,9 +49,9 @@ def linear_logprobs_reference(
 
 def check_linear(
     op: str, hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None,
-    temperature: float, chunk_tokens: int | None,
+    temperature: float, chunk_tokens: int | None, mask: Tensor | None = None,
 ) -> None:
-    """The checks of every op on hidden states and a head."""
+    """The checks of every op on hidden states and a head; `mask` [M] says which rows count."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ShapeError(f"{op}: expected hidden [M, D] and weight [V, D], got "
                          f"{list(hidden.shape)} and {list(weight.shape)}")
@@ -67,6 +69,9 @@ def check_linear(
     check_index(op, token_ids=token_ids)
     check_device(op, tensors)
     check_positive(op, temperature=temperature, chunk_tokens=chunk_tokens)
+    check_values(op, mask, hidden=hidden)
+    check_values(op, weight=weight, **({} if bias is None else {"bias": bias}))
+    check_range(op, weight.shape[0], token_ids=token_ids)
 
 
 def chunk_slices(num_tokens: int, vocab_size: int, itemsize: int,

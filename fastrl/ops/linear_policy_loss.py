@@ -21,6 +21,7 @@ from fastrl.checks import (
     check_not_negative,
     check_positive,
     check_shape,
+    check_values,
     wide_dtype,
 )
 from fastrl.ops.linear_logprob import (
@@ -175,11 +176,13 @@ def _check(
     bias: Tensor | None, coefficients: _Coefficients, chunk_tokens: int | None,
 ) -> None:
     op = "linear_policy_loss"
-    check_linear(op, hidden, weight, tokens["token_ids"], bias, coefficients.temperature,
-                 chunk_tokens)
+    floats = {name: tokens[name] for name in ("old_logprobs", "advantages")}
     check_shape(op, {**tokens, "loss_mask": loss_mask}, ndim=1, layout="[M]")
-    check_float(op, old_logprobs=tokens["old_logprobs"], advantages=tokens["advantages"])
+    check_float(op, **floats)
     check_mask(op, loss_mask=loss_mask)
+    check_linear(op, hidden, weight, tokens["token_ids"], bias, coefficients.temperature,
+                 chunk_tokens, loss_mask)
+    check_values(op, loss_mask, **floats)
     check_positive(op, denominator=coefficients.denominator, clip_range=coefficients.clip_range)
     check_not_negative(op, entropy_coef=coefficients.entropy_coef)
 

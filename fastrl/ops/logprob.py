@@ -12,6 +12,8 @@ from fastrl.checks import (
     check_float,
     check_index,
     check_positive,
+    check_range,
+    check_values,
     wide_dtype,
 )
 from fastrl.errors import ShapeError
@@ -40,6 +42,8 @@ def _check(logits: Tensor, token_ids: Tensor, temperature: float) -> None:
     check_index(op, token_ids=token_ids)
     check_device(op, {"logits": logits, "token_ids": token_ids})
     check_positive(op, temperature=temperature)
+    check_values(op, logits=logits)
+    check_range(op, logits.shape[1], token_ids=token_ids)
 
 
 def gather_logprobs(

@@ -6,7 +6,7 @@
 from torch import Tensor
 
 from fastrl.backends import choose
-from fastrl.checks import check_float, check_mask, check_shape, wide_dtype
+from fastrl.checks import check_float, check_mask, check_shape, check_values, wide_dtype
 
 PREFERENCE = ("torch",)
 VARIANCE_EPSILON = 1e-8
@@ -40,6 +40,7 @@ def _check(op: str, values: Tensor, mask: Tensor) -> None:
     check_shape(op, {"values": values, "mask": mask}, ndim=values.dim(), layout="[...]")
     check_float(op, values=values)
     check_mask(op, mask=mask)
+    check_values(op, mask, values=values)
 
 
 def masked_sum(values: Tensor, mask: Tensor, *, backend: str | None = None) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl.backends import choose
+from fastrl.checks import check_values
 from fastrl.errors import ShapeError
 
 PREFERENCE = ("torch",)
@@ -68,6 +69,7 @@ def _check(
             f"packed_attention: max_seqlen and window must be at least 1, got {max_seqlen} and "
             f"{window}"
         )
+    check_values("packed_attention", query=query, key=key, value=value)
 
 
 def packed_attention(

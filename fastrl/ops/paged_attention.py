@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl.backends import choose
+from fastrl.checks import check_values
 from fastrl.errors import ShapeError
 
 PREFERENCE = ("torch",)
@@ -124,6 +125,7 @@ def _check(
             f"paged_attention: max_seqlen_q and window must be at least 1, got {max_seqlen_q} "
             f"and {window}"
         )
+    check_values("paged_attention", query=query)
 
 
 def paged_attention(

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from fastrl.backends import choose
-from fastrl.checks import check_float, check_mask, check_positive, check_shape, wide_dtype
+from fastrl.checks import (
+    check_float,
+    check_mask,
+    check_positive,
+    check_shape,
+    check_values,
+    wide_dtype,
+)
 
 PREFERENCE = ("torch",)
 MAX_LOG_RATIO = 20.0
@@ -108,6 +115,7 @@ def _check(
     check_float(op, **floats)
     check_mask(op, loss_mask=loss_mask)
     check_positive(op, denominator=denominator, clip_range=clip_range)
+    check_values(op, loss_mask, **floats)
 
 
 def policy_loss(

@@ -17,6 +17,7 @@ from fastrl.checks import (
     check_index,
     check_positive,
     check_shape,
+    check_values,
     wide_dtype,
 )
 from fastrl.errors import ConfigError, ShapeError
@@ -118,6 +119,7 @@ def _check(
                          f"{list(cu_groups.shape)}")
     if ties not in TIES:
         raise ConfigError(f"{op}: expected ties kept_pairs or all_pairs, got {ties!r}")
+    check_values(op, scores=scores)
 
 
 def ranking_loss(

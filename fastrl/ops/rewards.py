@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrl.backends import choose
-from fastrl.checks import check_device, check_float, check_mask, check_shape
+from fastrl.checks import check_device, check_float, check_mask, check_shape, check_values
 from fastrl.errors import ConfigError, ShapeError
 from fastrl.ops.kl import kl_estimate_reference
 
@@ -49,6 +49,8 @@ def _check(
                          f"{list(scores.shape)}; one score per response")
     if estimator not in ESTIMATORS:
         raise ConfigError(f"{op}: expected estimator k1, k2 or k3, got {estimator!r}")
+    check_values(op, response_mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    check_values(op, scores=scores)
 
 
 def shape_rewards(

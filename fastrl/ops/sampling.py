@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastrl.backends import choose
+from fastrl.checks import check_values
 from fastrl.errors import ShapeError
 
 PREFERENCE = ("torch",)
@@ -128,6 +129,7 @@ def _check(
         tensor = integers[name] if name in integers else settings[name]
         if tensor.dtype != dtype:
             raise ShapeError(f"sample_tokens: expected {name} {dtype}, got {tensor.dtype}")
+    check_values("sample_tokens", logits=logits)
 
 
 def sample_tokens(

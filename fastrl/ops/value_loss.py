@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from fastrl.backends import choose
-from fastrl.checks import check_float, check_mask, check_positive, check_shape, wide_dtype
+from fastrl.checks import (
+    check_float,
+    check_mask,
+    check_positive,
+    check_shape,
+    check_values,
+    wide_dtype,
+)
 
 PREFERENCE = ("torch",)
 
@@ -93,6 +100,7 @@ def _check(
     check_float(op, **floats)
     check_mask(op, loss_mask=loss_mask)
     check_positive(op, denominator=denominator, value_clip_range=value_clip_range)
+    check_values(op, loss_mask, **floats)
 
 
 def value_loss(
