@@ -142,13 +142,14 @@ def _load_prompts(config: GenerateRun, encoder: "TextEncoder", console: "Console
 def _rows(prompts: list["Prompt"], rollout: "Rollout", encoder: "TextEncoder") -> Iterator[str]:
     """One JSON line per prompt, with all of its completions."""
     from fastrl.metrics import to_json
-    from fastrl.rewards import decode_response
+    from fastrl.rewards import decode_continuation
 
     group = rollout.num_samples_per_prompt
     for index, prompt in enumerate(prompts):
         row: dict[str, Any] = _prompt_columns(prompt.row)
         row["completions"] = [
-            {"text": decode_response(rollout, i, encoder), "token_ids": rollout.response(i),
+            {"text": decode_continuation(rollout, i, encoder, prompt),
+             "token_ids": rollout.response(i),
              "logprobs": rollout.rollout_logprobs[i, :int(rollout.response_lens[i])].tolist(),
              "finish_reason": rollout.finish_reasons[i]}
             for i in range(index * group, (index + 1) * group)

@@ -139,3 +139,13 @@ def test_nothing_is_left_when_a_prompt_file_is_broken(model: Path, tmp_path: Pat
     broken.write_text('{"prompt": "w1"}\n{"prompt": 3}\n')
     assert run(model, "--prompts", str(broken), "--output", str(out)) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.jsonl"]
+
+
+def test_rows_are_read_as_the_tokens_that_were_written(shared: Path, tmp_path: Path) -> None:
+    """Llama's decoder drops the space that begins a text; a ranking file has to keep it."""
+    stories, out = shared / "models/stories260k", tmp_path / "out.jsonl"
+    assert run(stories, "--prompt", "Once upon a time.", "--num_samples_per_prompt", "8",
+               "--greedy", "--output", str(out)) == 0
+    encoder = load_encoder(stories)
+    for completion in rows_of(out)[0]["completions"]:
+        assert encoder.encode_completion(completion["text"], end=False) == completion["token_ids"]

@@ -21,7 +21,7 @@ from fastrl.labelers import (
 )
 from fastrl.metrics import RunFolder
 from fastrl.models import CausalLM
-from fastrl.rewards import decode_response
+from fastrl.rewards import decode_continuation
 from fastrl.runs import PromptsRun, RankRun
 from fastrl.stages.inputs import OpenFolder, load_policy, load_prompt_files
 from fastrl.trainers.common import derive_seed
@@ -168,23 +168,13 @@ def _write_rankings(folder: RunFolder, name: str, prompts: Sequence[Prompt], rol
         completions: list[dict[str, Any]] = []
         for k in range(num_samples):
             row = index * num_samples + k
-            text = _continuation(rollout, row, encoder)
+            text = decode_continuation(rollout, row, encoder, prompt)
             if text.strip():
                 completions.append({
                     "text": text, "rank": int(ranks[index, k]), "gold": float(gold[index, k]),
                     "finish_reason": rollout.finish_reasons[row]})
         if len(completions) > 1:
             folder.append(name, {**prompt.row, "completions": completions})
-
-
-def _continuation(rollout: Rollout, row: int, encoder: TextEncoder) -> str:
-    """Text of a response as it continues its prompt: with the space that some decoders strip."""
-    token_ids = rollout.sequence(row)
-    before = encoder.decode(token_ids[:int(rollout.prompt_lens[row])])
-    text = encoder.decode(token_ids)
-    if not text.startswith(before):  # a character whose bytes begin in the prompt
-        return decode_response(rollout, row, encoder)
-    return text[len(before):]
 
 
 def _label_facts(rollout: Rollout, gold: torch.Tensor, noise_scale: float) -> dict[str, Any]:
