@@ -5,7 +5,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.6.0
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Two OpenMP threads beside a busy process are ten times slower when they spin while waiting.
 RUN    := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 # One process per core, one thread each.
@@ -31,14 +33,16 @@ install-test: $(VENV)/.installed-test
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch comes first and alone, so that the version asked for here wins over any other.
+# torch comes first and alone, so that the version asked for here wins over any other. Its CUDA
+# builds bring the triton they need; its CPU builds bring none and get the one of TRITON.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(PIP) "$(TORCH)"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) "$(TRITON)"
+	$(PIP) -e .
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	$(PIP) -e ".[test]"
 	touch $@
 
 clean:
