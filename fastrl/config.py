@@ -292,7 +292,8 @@ class PPOConfig(TrainConfig):
     num_eval_prompts: int = 128
     """Held-out prompts of an evaluation."""
     eval_with_ema: bool = True
-    """Evaluate and save the moving average of the weights, where there is one."""
+    """Evaluate and save the moving average of the weights, where there is one; the last weights are
+    then saved beside it (else the average beside them)."""
     keep_best: bool = True
     """Keep the checkpoint with the best held-out score minus beta times KL."""
     logprob_tolerance: float = 1e-4

@@ -147,9 +147,10 @@ def test_every_stage_runs_and_the_report_is_written(finished):
     for stage in STAGES:
         assert (finished.output_dir / stage / "finished.json").exists()
         assert f"== {stage}" in finished.printed
-    for stage in ("base", "sft", "reward", "best", "ppo"):
-        assert (finished.output_dir / stage / "model/model.safetensors").exists()
-        assert (finished.output_dir / stage / "model/tokenizer.json").exists()
+    for folder in ("base/model", "sft/model", "reward/model", "best/model", "ppo/model",
+                   "ppo/last_model"):
+        assert (finished.output_dir / folder / "model.safetensors").exists()
+        assert (finished.output_dir / folder / "tokenizer.json").exists()
     assert (finished.output_dir / "report.html").stat().st_size <= 1_000_000
 
 

@@ -39,6 +39,7 @@ from fastrl.stages.samples import SAMPLING, AnsweringProgress
 from fastrl.trainers.common import Progress
 from fastrl.trainers.ppo import PPOTrainer
 from fastrl.trainers.ppo_update import initial_critic
+from fastrl.trainers.ppo_weights import AVERAGE_MODEL, LAST_MODEL
 from fastrl.trainers.reward import RewardTrainer
 from fastrl.trainers.sft import SFTTrainer, select_candidate
 from fastrl.types import Prompt, TokenExample
@@ -210,6 +211,9 @@ def ppo(run: PPORun, open_folder: OpenFolder, console: Console) -> None:
         with _progress(run, console, policy, encoder, trainer.num_steps, run.sampling) as progress:
             reason = trainer.train(progress)
         save_causal_lm(policy, folder.model_path, tokenizer_from=encoder.path)
+        for name in (LAST_MODEL, AVERAGE_MODEL):
+            if (folder.path / name).exists():
+                encoder.save(folder.path / name)
         folder.finish({"ended": reason, "iterations": trainer.iteration})
     console.print(f"ppo: {reason}")
 

@@ -141,6 +141,9 @@ class PPOTrainer:
     def train(self, progress: Progress | None = None) -> str:
         """Run to the end, or to the KL ceiling, and put the chosen weights into the policy.
 
+        With a run folder and a moving average, the side that is not chosen (the last weights, or
+        the average) is saved in the folder.
+
         Returns:
             Why training ended, in words.
         """
@@ -148,6 +151,8 @@ class PPOTrainer:
         while self.iteration < self.num_steps and self.stop_reason is None:
             metrics = self.step()
             progress.update(self.iteration, metrics)
+        if self.run is not None:
+            self.weights.save_other(self.run.path)
         chosen = self.weights.load_chosen()
         self.engine.weights_changed()
         reason = self.stop_reason or f"all {self.num_steps} iterations done"

@@ -3,13 +3,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastrl.config import PPOConfig
 from fastrl.models.causal_lm import CausalLM
+from fastrl.models.weights import save_causal_lm
 from fastrl.optim import EMA
+
+LAST_MODEL, AVERAGE_MODEL = "last_model", "average_model"
+"""Folders of a run for the weights that `model/` does not come from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,21 @@ class KeptWeights:
         if self.config.keep_best and (self.best is None or objective > self.best.objective):
             weights = [p.detach().to("cpu", copy=True) for p in self.policy.parameters()]
             self.best = BestWeights(iteration, objective, weights)
+
+    def save_other(self, folder: Path) -> None:
+        """Save what is not judged: the last weights where the average is, else the average.
+
+        Args:
+            folder: Of the run; gets `last_model/` or `average_model/`, without tokenizer. Nothing
+                is written where there is no average.
+        """
+        if self.ema is None:
+            return
+        if self.config.eval_with_ema:
+            save_causal_lm(self.policy, folder / LAST_MODEL)
+        else:
+            with self.ema.swapped():
+                save_causal_lm(self.policy, folder / AVERAGE_MODEL)
 
     @torch.no_grad()
     def load_chosen(self) -> str:

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from fastrl.advantages import gae
 from fastrl.config import PPOConfig, SamplingConfig
 from fastrl.errors import ConfigError, DataError, ModelError
+from fastrl.metrics import RunFolder
 from fastrl.models.causal_lm import scalar_from_causal
+from fastrl.models.weights import load_causal_lm
 from fastrl.rewards import RewardModelScorer
 from fastrl.trainers.common import num_targets, token_loss
 from fastrl.trainers.ppo_update import initial_critic
@@ -245,6 +248,30 @@ def test_what_is_saved_without_held_out_prompts(
     assert task.equal(task.weights_of(trainer.policy), expected)
 
 
+@pytest.mark.parametrize(
+    ("ema_decay", "eval_with_ema", "name"),
+    [(0.9, True, "last_model"), (0.9, False, "average_model"), (None, True, None)])
+def test_last_weights_and_average_are_both_saved(
+    task: SimpleNamespace, tmp_path: Path, ema_decay: float | None, eval_with_ema: bool,
+    name: str | None,
+) -> None:
+    with RunFolder(tmp_path / "run", PPOConfig(), stage="ppo") as run:
+        trainer = task.make_trainer(ema_decay=ema_decay, eval_with_ema=eval_with_ema,
+                                    inputs={"run": run})
+        for _ in range(3):
+            trainer.step()
+        last = task.weights_of(trainer.policy)
+        sides = {"last_model": last, "average_model": trainer.weights.ema and
+                 [average.clone() for average in trainer.weights.ema.averages]}
+        trainer.train()
+    folders = [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()]
+    assert folders == ([] if name is None else [name])
+    if name is not None:
+        saved = load_causal_lm(tmp_path / "run" / name)
+        assert task.equal(task.weights_of(saved), sides[name])
+        assert not task.equal(task.weights_of(saved), task.weights_of(trainer.policy))
+
+
 @pytest.mark.parametrize("keep_best", [True, False])
 def test_keep_best(task: SimpleNamespace, keep_best: bool) -> None:
     """The scorer likes the weights of the second evaluation only."""
@@ -455,10 +482,13 @@ def test_no_way_to_stop_and_a_penalty_for_not_stopping_is_refused(task: SimpleNa
     task.make_trainer(missing_eos_penalty=None, sampling=sampling)
 
 
-def test_truncated_sampling_is_refused_unless_log_probs_are_raw() -> None:
+@pytest.mark.parametrize(("name", "value"), [
+    ("top_k", 3), ("top_p", 0.9), ("min_p", 0.1), ("repetition_penalty", 1.1), ("greedy", True),
+    ("min_new_tokens", 1)])
+def test_truncated_sampling_is_refused_unless_log_probs_are_raw(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match="set sampling.logprobs to raw"):
-        PPOConfig(sampling=SamplingConfig(top_k=3))
-    PPOConfig(sampling=SamplingConfig(top_k=3, logprobs="raw"))
+        PPOConfig(sampling=SamplingConfig(**{name: value}))
+    PPOConfig(sampling=SamplingConfig(**{name: value}, logprobs="raw"))
 
 
 def test_models_are_in_eval_mode_and_the_reference_is_frozen(task: SimpleNamespace) -> None:
