@@ -3,9 +3,11 @@
 import ast
 import dataclasses
 import inspect
+import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -156,3 +158,36 @@ def test_a_cuda_build_that_cannot_work_says_why() -> None:
                              env={"FASTRL_BUILD_CUDA": value, "PATH": ""}, capture_output=True,
                              text=True)
         assert out.returncode != 0 and expected in out.stderr
+
+
+def _commands_of_make(*arguments: str) -> str:
+    """What make would run in a clean clone, without running it."""
+    return subprocess.run(["make", "--dry-run", *arguments, "VENV=not-there"], cwd=ROOT,
+                          capture_output=True, text=True, check=True,
+                          env={"PATH": os.environ["PATH"]}).stdout
+
+
+def test_make_installs_one_torch_version_that_a_user_can_override() -> None:
+    lines = [line for line in _commands_of_make("demo").splitlines() if "torch==" in line]
+    assert len(lines) == 1 and '"torch==2.13.0"' in lines[0]
+    changed = _commands_of_make("demo", "TORCH=torch==2.11.0")
+    assert '"torch==2.11.0"' in changed and "2.13.0" not in changed
+
+
+def test_make_demo_and_make_test_do_everything_from_a_clean_clone() -> None:
+    demo, test = _commands_of_make("demo"), _commands_of_make("test")
+    for expected in ("-m venv not-there", "pip install", " -e .\n"):
+        assert expected in demo and expected in test
+    assert demo.rstrip().endswith("not-there/bin/fastrl demo")
+    for expected in ("ruff check .", "not-there/bin/mypy\n", '-e ".[test]"', "-m pytest", "tests"):
+        assert expected in test
+    assert "make test" in (ROOT / ".ci/run").read_text().splitlines()
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_requirements_are_the_documented_ones() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == ">=3.11" and project["name"] == "fastrl-engine"
+    for requirement in ("torch>=2.11", "triton>=3.6; platform_system == 'Linux'",
+                        "transformers>=5.17"):
+        assert requirement in project["dependencies"]

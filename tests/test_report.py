@@ -194,6 +194,13 @@ def test_results_curves_tables_and_lineage_are_there(html: str) -> None:
     assert "old-1" not in text
 
 
+@pytest.mark.parametrize("metric", [
+    "reward/score_mean", "kl/policy_ref", "entropy/mean", "response/length_mean",
+    "value/explained_variance", "ratio/first_minibatch_mean", "reward against sqrt(KL)"])
+def test_the_curves_of_ppo_are_drawn_large(html: str, metric: str) -> None:
+    assert f"<figure><h4>{metric} <span>" in html
+
+
 def test_one_stage_shows_samples_before_and_after(tmp_path: Path) -> None:
     write_stage(tmp_path / "sft", "sft", num_steps=3)
     text = Page(write_report(tmp_path / "sft").read_text("utf-8")).text

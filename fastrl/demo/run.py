@@ -9,6 +9,8 @@ from typing import Any
 from fastrl.console import Console
 from fastrl.data.tokenizer import word_tokenizer
 from fastrl.demo import world
+from fastrl.errors import ConfigError
+from fastrl.metrics import write_atomic
 from fastrl.pipeline import run_recipe
 from fastrl.recipe import load_recipe
 from fastrl.trainers.common import derive_seed
@@ -37,9 +39,10 @@ def run_demo(
     Returns:
         The summary.
     Raises:
-        ConfigError: when `output_dir` holds something else.
+        ConfigError: when `output_dir` holds something else, or a demo with another seed.
     """
     output_dir = Path(output_dir)
+    _claim(output_dir, seed)
     console.print("fastrl demo: people ask about animals; a labeler wants right facts and "
                   "politeness. A model learns to speak (base), to answer (SFT), and to please "
                   "the labeler (PPO, PPO-ptx).")
@@ -52,6 +55,22 @@ def run_demo(
     console.print(f"talk     fastrl chat --model_name_or_path {output_dir}/run/ppo_ptx/model")
     console.result(json.dumps(summary))
     return summary
+
+
+def _claim(output_dir: Path, seed: int) -> None:
+    """Note the seed in a new or empty folder; ConfigError where something else is there."""
+    record = output_dir / "demo.json"
+    if record.exists():
+        held = _read(record)["seed"]
+        if held != seed:
+            raise ConfigError(f"output_dir: {output_dir} holds a demo with seed {held}, expected "
+                              f"{seed}; choose another output_dir")
+    elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ConfigError(f"output_dir: expected a new or empty folder, or one of an earlier demo, "
+                          f"got {output_dir}; choose another output_dir")
+    else:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_atomic(record, json.dumps({"seed": seed}) + "\n")
 
 
 def write_world(folder: Path, seed: int) -> None:

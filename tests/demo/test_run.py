@@ -2,12 +2,17 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from fastrl.console import Console
 from fastrl.demo.run import run_demo, write_world
+from fastrl.errors import ConfigError
 
 SHORT = ("base.max_steps=12", "sft.max_steps=6", "reward.max_steps=6", "ppo.num_iterations=2",
          "ppo_ptx.num_iterations=2", "ppo.num_eval_prompts=8", "ppo_ptx.num_eval_prompts=8",
@@ -40,6 +45,9 @@ def test_a_short_demo_shows_answers_and_ends_with_one_json_line(tmp_path: Path) 
     lines = screen.getvalue().splitlines()
     assert json.loads(lines[-1]) == summary
     assert set(summary["win_rates"]) == {"sft_over_base", "ppo_over_sft", "ppo_ptx_over_sft"}
+    for win in summary["win_rates"].values():  # 95% intervals
+        assert set(win) == {"rate", "low", "high"} and win["low"] < win["rate"] < win["high"]
+    assert set(summary["kl_to_sft"]) == {"base", "sft", "ppo", "ppo_ptx"}
     assert set(summary["lm_loss"]) == {"base", "sft", "ppo", "ppo_ptx"}
     assert set(summary["reward_model"]) == {"accuracy", "bayes_limit", "length_only"}
     assert summary["kl_to_sft"]["sft"] == pytest.approx(0, abs=1e-4)
@@ -50,6 +58,39 @@ def test_a_short_demo_shows_answers_and_ends_with_one_json_line(tmp_path: Path) 
     assert [line.split()[0] for line in board[1:5]] == ["prompt", "base", "sft", "ppo"]
     report = (tmp_path / "run/report.html").read_text()
     assert len(report) < 1_000_000 and "http" not in report.replace("http-equiv", "")
+
+
+def test_a_folder_of_something_else_or_of_another_seed_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.jpg").write_bytes(b"cat")
+    console = Console(file=io.StringIO())
+    with pytest.raises(ConfigError, match="expected a new or empty folder, or one of an earlier"):
+        run_demo(tmp_path / "photos", console=console)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo/demo.json").write_text('{"seed": 3}')
+    with pytest.raises(ConfigError, match="holds a demo with seed 3, expected 4"):
+        run_demo(tmp_path / "demo", seed=4, console=console)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["cat.jpg", "demo", "demo.json",
+                                                                "photos"]
+
+
+@pytest.mark.slow
+def test_the_first_answer_is_on_screen_within_ten_seconds(tmp_path: Path) -> None:
+    begin, seen = time.monotonic(), []
+    with subprocess.Popen(
+        [sys.executable, "-m", "fastrl", "demo", "--output_dir", str(tmp_path / "demo")],
+        stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},  # as on a terminal
+    ) as demo:
+        assert demo.stdout is not None
+        for line in demo.stdout:
+            seen.append(line)
+            if line.startswith("  base ") and len(line.split()) > 4:
+                break
+        seconds = time.monotonic() - begin
+        demo.kill()
+    assert seen[-2].startswith("  prompt ") and "answer :" in seen[-2]
+    assert seconds <= 10, f"{seconds:.1f} s"
 
 
 @pytest.mark.slow
