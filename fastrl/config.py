@@ -61,6 +61,10 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         _positive(self, ("temperature", "max_new_tokens", "repetition_penalty"))
         _not_negative(self, ("top_k", "min_new_tokens"))
+        check(self.temperature >= 1e-6, "temperature",
+              "at least 1e-6 (set greedy to take the most likely token)", self.temperature)
+        check(all(token >= 0 for token in self.stop_token_ids or ()), "stop_token_ids",
+              "token ids of at least 0", self.stop_token_ids)
         check(0 < self.top_p <= 1, "top_p", "a number above 0 and at most 1", self.top_p)
         check(0 <= self.min_p < 1, "min_p", "a number from 0 to below 1", self.min_p)
         check(self.min_new_tokens <= self.max_new_tokens, "min_new_tokens",

@@ -62,6 +62,8 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         if value is None and types.NoneType in arguments:
             return None
         (inner,) = [argument for argument in arguments if argument is not types.NoneType]
+        if value == "None" and inner is not str:
+            _refuse(where, "a value, or null for none", value)
         return _parse(inner, value, where)
     if origin is typing.Literal:
         if value not in arguments or isinstance(value, bool):

@@ -127,6 +127,9 @@ def test_existing_output_is_left_alone(model: Path, prompts: Path, tmp_path: Pat
     (["--prompt", "w1", "--output", "/absent/out.jsonl"], "output: expected a folder at /absent"),
     (["--prompts", "absent.jsonl"], "absent.jsonl"),
     (["--prompt", "w1", "--temperature", "0"], "temperature: expected a number above 0"),
+    (["--prompt", "w1", "--temperature", "1e-300"], "temperature: expected at least 1e-6"),
+    (["--prompt", "w1", "--stop_token_ids", "-5"], "stop_token_ids: expected token ids of at"),
+    (["--prompt", "w1", "--stop_token_ids", "None"], "stop_token_ids"),
 ])
 def test_mistakes(model: Path, argv: list[str], message: str,
                   capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,7 @@ def test_to_dict_and_back():
 
 
 @pytest.mark.parametrize("values, message", [
+    ({"max_grad_norm": "None"}, "max_grad_norm: expected a value, or null for none, got 'None'"),
     ({"learning_rat": 1e-3}, "recipe: unknown key 'learning_rat'; did you mean 'learning_rate'"),
     ({"sampling": {"temprature": 1.0}}, "recipe: sampling: unknown key 'temprature'; did you mean "
                                         "'temperature'"),
