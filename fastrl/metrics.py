@@ -133,6 +133,7 @@ class RunFolder:
         _refuse_used_folder(self.path)
         for sink in report_to:
             _check_sink(sink)
+        self._is_new = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         self._begin = time.time()
         settings = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
@@ -146,6 +147,15 @@ class RunFolder:
     def model_path(self) -> Path:
         """Where the stage saves its model."""
         return self.path / "model"
+
+    def remove_if_unused(self) -> None:
+        """Delete a run that did not begin: one whose folder holds nothing but its settings."""
+        written = list(self.path.iterdir())
+        if {path.name for path in written} <= {"config.yaml", "run.json"}:
+            for path in written:
+                path.unlink()
+            if self._is_new:
+                self.path.rmdir()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one step's metrics: timing areas to timing.jsonl, the others to metrics.jsonl.
@@ -220,14 +230,15 @@ def _refuse_used_folder(path: Path) -> None:
     entries = sorted(entry.name for entry in path.iterdir())
     if not entries:
         return
+    remedy = "choose another output_dir, or delete the folder"
     if "finished.json" in entries:
         held = "a finished run"
     elif "run.json" in entries:
         held = "a run that did not finish"
     else:
-        held = f"other files ({', '.join(entries[:3])})"
+        held, remedy = f"other files ({', '.join(entries[:3])})", "choose another output_dir"
     raise ConfigError(f"output_dir: expected a new or empty folder, got {path}, which holds {held};"
-                      " choose another output_dir, or delete the folder")
+                      f" {remedy}")
 
 
 def _check_sink(name: str) -> None:

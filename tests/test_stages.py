@@ -244,3 +244,19 @@ def test_models_that_do_not_fit_are_refused_before_anything_is_written(words, tm
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="stage kind: unknown key 'pop'; did you mean 'ppo'"):
         run("pop", ppo())
+
+
+def test_a_folder_is_not_kept_when_the_trainer_refuses_its_settings(words, tmp_path):
+    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": f"{word} was"} for word in WORDS[:8]])
+    settings = {
+        "model_name_or_path": words, "reward_model": str(tmp_path / "reward"),
+        "prompts": (prompts,), "output_dir": str(tmp_path / "out"), "num_iterations": 1,
+        "rollout_batch_size": 4, "minibatch_size": 4, "eval_steps": None}
+    with pytest.raises(ConfigError, match="expected prompt and response to fit"):
+        run("ppo", PPORun(**settings, sampling=SamplingConfig(max_new_tokens=500)))
+    assert not (tmp_path / "out").exists()
+    folder, _ = run("ppo", PPORun(**settings, sampling=SamplingConfig(max_new_tokens=4)))
+    assert (folder / "finished.json").exists()
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        run("ppo", PPORun(**settings, sampling=SamplingConfig(max_new_tokens=4)))
+    assert (folder / "finished.json").exists()

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastrl.config import to_dict
 from fastrl.console import Console
-from fastrl.errors import ConfigError
+from fastrl.errors import ConfigError, DataError, ModelError
 from fastrl.lineage import make_lineage
 from fastrl.metrics import RunFolder
 from fastrl.recipe import local_paths
@@ -57,8 +57,20 @@ def run_stage(kind: str, config: StageRun, *, console: Console, name: str | None
     if lineage is None:
         lineage = make_lineage(kind, to_dict(config),
                                {path: Path(path) for _, path in local_paths(config)})
-    open_folder = partial(RunFolder, config.output_dir, config, stage=kind,
+    make_folder = partial(RunFolder, config.output_dir, config, stage=kind,
                           report_to=getattr(config, "report_to", ()),
                           device=resolve_device(config.device), lineage=lineage)
-    _STAGES[kind](config, open_folder, console)
+    opened: list[RunFolder] = []
+
+    def open_folder() -> RunFolder:
+        opened.append(make_folder())
+        return opened[-1]
+
+    try:
+        _STAGES[kind](config, open_folder, console)
+    except (ConfigError, DataError, ModelError):
+        # What a trainer refuses is known only now; the corrected run may have the same folder.
+        for folder in opened:
+            folder.remove_if_unused()
+        raise
     return Path(config.output_dir)
