@@ -38,6 +38,7 @@ from fastrl.trainers.ppo_checks import (
     check_settings,
     check_update_finite,
     fit_prompts,
+    warn_if_none_stopped,
 )
 from fastrl.trainers.ppo_update import (
     PPOBatch,
@@ -194,6 +195,7 @@ class PPOTrainer:
                              ref_logprobs=ref_logprobs, values=values)
 
         # reward
+        warn_if_none_stopped(self.iteration, rollout, config)
         scores = adjust_scores(raw_scores, rollout.finish_reasons, clip=config.reward_clip,
                                missing_eos_penalty=config.missing_eos_penalty)
         rewards, _ = shape_rewards(scores, old_logprobs, ref_logprobs, rollout.response_mask,

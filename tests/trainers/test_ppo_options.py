@@ -128,6 +128,21 @@ def test_missing_eos_penalty_replaces_scores_of_unfinished_responses(task: Simpl
     assert set(off.scores.tolist()) == {3.0}
 
 
+def test_no_response_that_stops_is_said_once(
+    task: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A penalty in place of every score is a constant: PPO would run for hours on nothing."""
+    settings = {"rollout_batch_size": 32,
+                "sampling": SamplingConfig(max_new_tokens=2, stop_token_ids=(9999,))}
+    with caplog.at_level(logging.WARNING, logger="fastrl"):
+        task.make_trainer(missing_eos_penalty=None, **settings).step()
+        assert "none of the" not in caplog.text
+        trainer = task.make_trainer(missing_eos_penalty=-2.0, **settings)
+        trainer.step()
+        trainer.step()
+    assert caplog.text.count("none of the 32 responses of the first iteration ended") == 1
+
+
 def test_reward_clip_bounds_the_score_but_not_the_metric(task: SimpleNamespace) -> None:
     settings = {"scorer": lambda r: torch.linspace(-4, 4, r.batch_size)}
     batch = task.catch_batch(task.make_trainer(reward_clip=1.5, **settings))
