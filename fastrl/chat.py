@@ -5,12 +5,13 @@ lines and prints. A model whose tokenizer has no chat template continues the tex
 """
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from fastrl.config import SamplingConfig, check
-from fastrl.errors import DataError, FastRLError
+from fastrl.errors import ConfigError, DataError, FastRLError
 from fastrl.generate import sampling_for
 from fastrl.yaml_file import nearest, parse_yaml
 
@@ -186,6 +187,8 @@ def chat(config: ChatRun, console: "Console") -> None:
 
 def _loop(session: ChatSession, console: "Console") -> None:
     """Lines in, answers out."""
+    if sys.stdin is None:  # closed by the caller
+        raise ConfigError("chat: expected questions on standard input, got a closed one")
     try:
         import readline  # noqa: F401  line editing and history for input(); absent on Windows
     except ModuleNotFoundError:

@@ -69,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone; a second failure at exit would print a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"fastrl: error: {where}expected a file or folder that can be read and written, got: "
+              f"{error.strerror or error}; check permissions and free space", file=sys.stderr)
+        return 2
 
 
 def _let_idle_threads_sleep() -> None:

@@ -195,6 +195,13 @@ def test_loop_reads_lines_and_survives_mistakes(plain: TextEncoder,
     assert lines == ["w2"]
 
 
+def test_closed_standard_input_is_a_message(plain: TextEncoder,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ConfigError, match="questions on standard input, got a closed one"):
+        chat_module._loop(session(plain), Console(file=io.StringIO(), live=False))
+
+
 def test_ctrl_c_stops_the_answer_only(plain: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     talk = session(plain)
     console = Console(file=io.StringIO(), live=False)

@@ -224,6 +224,8 @@ def test_errors_are_one_message_without_a_traceback() -> None:
 
 
 @pytest.mark.parametrize(("error", "code"), [(DataError("a.jsonl, line 3: broken"), 2),
+                                             (PermissionError(13, "Permission denied", "ro/x"), 2),
+                                             (OSError(28, "No space left on device"), 2),
                                              (KeyboardInterrupt(), 130)])
 def test_exit_codes(error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch,
                     capsys: pytest.CaptureFixture[str]) -> None:

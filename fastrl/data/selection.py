@@ -31,8 +31,8 @@ def split_by_prompt(items: Sequence[Item], fraction: float, seed: int = 0
     count = round(fraction * len(order))
     if 0 < fraction < 1:
         if len(order) < 2:
-            raise ConfigError(f"fraction: expected at least 2 different prompts to hold out "
-                              f"{fraction}, got {len(order)}; use more data or fraction 0")
+            raise ConfigError(f"eval_fraction: expected at least 2 different prompts to hold out "
+                              f"{fraction} of them, got {len(order)}; use more data or set it to 0")
         count = min(max(count, 1), len(order) - 1)
     held_out = set(order[:count])
     train = [item for item in items if _prompt_ids(item) not in held_out]

@@ -220,8 +220,9 @@ def _load(
     try:
         config = AutoConfig.for_model(model_type, **settings)
     except (ValueError, TypeError) as error:
+        reason = str(error).partition(" Should contain one of")[0]  # hundreds of names follow
         raise ModelError(f"{path}: expected an architecture of transformers' own, got model_type "
-                         f"{model_type!r} ({error}); code in a checkpoint is never run") from error
+                         f"{model_type!r} ({reason}); code in a checkpoint is never run") from error
     model_class = _model_class(auto_class, config, path)
     _refuse(config, model_class, path)
     WeightFiles(path)  # no weights, or only pickled ones: our message, not transformers'

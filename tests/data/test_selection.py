@@ -39,7 +39,7 @@ def test_neither_side_is_empty_unless_asked_for() -> None:
     assert [len(side) for side in split_by_prompt(items, 0.99)] == [1, 2]
     assert [len(side) for side in split_by_prompt(items, 0.0)] == [3, 0]
     assert [len(side) for side in split_by_prompt(items, 1.0)] == [0, 3]
-    with pytest.raises(ConfigError, match="at least 2 different prompts"):
+    with pytest.raises(ConfigError, match="eval_fraction: expected at least 2 different prompts"):
         split_by_prompt(items[:1], 0.5)
     with pytest.raises(ConfigError, match="fraction: expected a number from 0 to 1, got 1.5"):
         split_by_prompt(items, 1.5)

@@ -164,8 +164,9 @@ def test_code_in_a_checkpoint_never_runs(tmp_path, checkpoint):
     model = load_causal_lm(folder)
     assert model.backbone.model.config._attn_implementation == "fastrl_attention"
     (folder / "config.json").write_text(json.dumps(config | hostile | {"model_type": "evil"}))
-    with pytest.raises(ModelError, match="got model_type 'evil'.*never run"):
+    with pytest.raises(ModelError, match="got model_type 'evil'.*never run") as error:
         load_causal_lm(folder)
+    assert len(str(error.value)) < 400  # not the names of all architectures there are
 
 
 def test_weights_that_do_not_fit(tmp_path, checkpoint):
