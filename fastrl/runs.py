@@ -28,7 +28,7 @@ def _check_positive(run: object, *names: str) -> None:
 
 def _check_fraction(run: object, name: str) -> None:
     value = getattr(run, name)
-    check(0 <= value < 1, name, "a share from 0 to below 1", value)
+    check(value is None or 0 <= value < 1, name, "a share from 0 to below 1", value)
 
 
 def _check_files(run: object, *names: str) -> None:
@@ -245,8 +245,9 @@ class RewardRun(RewardConfig):
     """Rankings: rows with `chosen` + `rejected`, or `completions` with ranks."""
     eval_data: tuple[str, ...] = ()
     """Held-out rankings, added to those split off by `eval_fraction`."""
-    eval_fraction: float = 0.0
-    """Share of the prompts of `data` held out; split by prompt, never by row."""
+    eval_fraction: float | None = None
+    """Share of the prompts of `data` held out; split by prompt, never by row. None: 0.05 where
+    `eval_data` is empty, else 0."""
     demonstrations: tuple[str, ...] = ()
     """Demonstrations whose mean reward is shifted to 0; none: the training completions."""
 

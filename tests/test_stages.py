@@ -210,6 +210,18 @@ def test_reward_names_sources_by_file_where_rows_have_none(words, tmp_path):
     assert report["by_source"]["plain.jsonl"]["num_pairs"] == 3  # a fifth of 14 prompts
 
 
+@pytest.mark.parametrize("has_eval_data, num_held_out", [(False, 1), (True, 14)])
+def test_a_reward_model_is_always_judged_on_held_out_rankings(words, tmp_path, has_eval_data,
+                                                              num_held_out):
+    data = write_rows(tmp_path / "data.jsonl", [
+        {"prompt": word, "chosen": "a happy cat .", "rejected": "a sad dog ."} for word in WORDS])
+    folder, _ = run("reward", RewardRun(
+        model_name_or_path=words, data=(data,), eval_data=(data,) if has_eval_data else (),
+        output_dir=str(tmp_path / "out"), max_steps=1))
+    report = json.loads((folder / "reward_report.json").read_text())
+    assert report["overall"]["num_pairs"] == num_held_out  # of 14: a twentieth, or the file alone
+
+
 def test_an_output_folder_that_holds_something_is_refused(words, tmp_path):
     prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": word} for word in WORDS])
     (tmp_path / "out").mkdir()

@@ -137,7 +137,10 @@ def reward(run: RewardRun, open_folder: OpenFolder, console: Console) -> None:
     """A reward model that orders completions as people ranked them."""
     encoder = load_encoder(run.model_name_or_path)
     rankings = load_ranking_files(run.data, encoder, run.max_seq_tokens, console)
-    train, held_out = split_by_prompt(rankings, run.eval_fraction, run.seed)
+    fraction = run.eval_fraction
+    if fraction is None:
+        fraction = 0.0 if run.eval_data else 0.05
+    train, held_out = split_by_prompt(rankings, fraction, run.seed)
     held_out += load_ranking_files(run.eval_data, encoder, run.max_seq_tokens, console)
     demonstrations: list[TokenExample] = []
     if run.demonstrations:
