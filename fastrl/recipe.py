@@ -24,7 +24,16 @@ from typing import Any
 from fastrl.data.rows import DATASETS_PREFIX
 from fastrl.errors import ConfigError
 from fastrl.parsing import parse_config
-from fastrl.runs import PATH_FIELDS, RUN_TYPES, SelectRun, SFTRun, StageRun
+from fastrl.runs import (
+    PATH_FIELDS,
+    RUN_TYPES,
+    EvaluateRun,
+    PromptsRun,
+    RankRun,
+    SelectRun,
+    SFTRun,
+    StageRun,
+)
 from fastrl.yaml_file import check_keys, load_yaml, parse_yaml, unknown_key
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -193,17 +202,35 @@ def _parse_stage(table: Mapping[str, Any], seed: int, where: str) -> Stage:
 
 
 def _check_references(stages: Sequence[Stage], where: str) -> None:
-    """Raise ConfigError for an `@stage` that is not an earlier stage."""
-    earlier: list[str] = []
+    """Raise ConfigError for an `@stage` that is not an earlier stage, or makes no such thing."""
+    earlier: dict[str, Stage] = {}
     for stage in stages:
         for field, reference in local_paths(stage.config):
-            name = reference[1:].partition("/")[0]
-            if reference.startswith("@") and name not in earlier:
+            name, _, file = reference[1:].partition("/")
+            if not reference.startswith("@"):
+                continue
+            place = f"{where}, stage {stage.name!r}: {field}: {reference!r}"
+            if name not in earlier:
                 raise ConfigError(unknown_key(
                     name, earlier or ["(none: this is the first stage)"],
-                    f"{where}, stage {stage.name!r}: {field}: {reference!r} must name an earlier "
-                    "stage"))
-        earlier.append(stage.name)
+                    f"{place} must name an earlier stage"))
+            files = _data_files(earlier[name])
+            if files is not None and file not in files:
+                made = ", ".join(f"'@{name}/{made}'" for made in files)
+                raise ConfigError(f"{place}: expected something that stage {name!r} makes: {made}")
+        earlier[stage.name] = stage
+
+
+def _data_files(stage: Stage) -> tuple[str, ...] | None:
+    """The data files of a stage that makes no model; None for a stage that makes one."""
+    match stage.config:
+        case PromptsRun():
+            return ("train.jsonl", "heldout.jsonl", "eval.jsonl")
+        case RankRun(heldout_prompts=heldout):
+            return ("rankings.jsonl",) if heldout is None else ("rankings.jsonl", "heldout.jsonl")
+        case EvaluateRun():
+            return ("evaluation.json", "samples.jsonl")
+    return None
 
 
 def _check_selections(stages: Sequence[Stage], where: str) -> None:

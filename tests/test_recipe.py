@@ -96,6 +96,27 @@ def test_mistakes_are_named(recipe_file, old, new, message):
         load_recipe(recipe_file(old=old, new=new), short=True)
 
 
+DATA_STAGES = """
+name: data
+stages:
+  - {name: prompts, kind: prompts, model_name_or_path: m}
+  - {name: rank, kind: rank, model_name_or_path: m, prompts: "@prompts/train.jsonl"}
+  - {name: reward, kind: reward, model_name_or_path: m, data: ["@rank/rankings.jsonl"]}
+"""
+
+
+@pytest.mark.parametrize("old, new", [
+    ("train.jsonl", "trian.jsonl"),
+    ("@rank/rankings.jsonl", "@rank"),
+    ("@rank/rankings.jsonl", "@rank/heldout.jsonl"),  # the stage has no heldout_prompts
+    ("model_name_or_path: m, data", 'model_name_or_path: "@rank", data'),
+])
+def test_a_reference_to_what_no_stage_makes_is_found_before_anything_runs(recipe_file, old, new):
+    load_recipe(recipe_file(DATA_STAGES))
+    with pytest.raises(ConfigError, match="expected something that stage '(rank|prompts)' makes"):
+        load_recipe(recipe_file(DATA_STAGES, old, new))
+
+
 @pytest.mark.parametrize("override, message", [
     ("ppo.lam", "expected stage.field=value, got 'ppo.lam'"),
     ("pop.lam=1", "unknown key 'pop'; did you mean 'ppo'"),
