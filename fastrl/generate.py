@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from fastrl.config import EngineConfig, SamplingConfig, check
-from fastrl.errors import ConfigError, DataError
+from fastrl.errors import ConfigError, DataError, NumericsError
 
 if TYPE_CHECKING:
     from fastrl.console import Console
@@ -86,6 +86,7 @@ def generate(config: GenerateRun, console: "Console") -> int:
         ConfigError: the output file exists, or its folder does not.
         DataError: a prompt file is broken, or no prompt is left.
         ModelError: the model cannot be loaded.
+        NumericsError: its log-probs are not finite.
     """
     from fastrl.data import load_encoder
     from fastrl.engine import Engine
@@ -105,6 +106,7 @@ def generate(config: GenerateRun, console: "Console") -> int:
             rollout = engine.generate(
                 [prompt.token_ids for prompt in part], sampling, seed=config.seed,
                 num_samples_per_prompt=group, first_request_id=done)
+            _check_finite(rollout, config.model_name_or_path)
             file.writelines(row + "\n" for row in _rows(part, rollout, encoder))
             progress.update(done + rollout.batch_size, _numbers(rollout))
     return len(prompts)
@@ -137,6 +139,13 @@ def _load_prompts(config: GenerateRun, encoder: "TextEncoder", console: "Console
         raise DataError(f"--prompt: expected 1 to {config.max_prompt_tokens} tokens, got "
                         f"{len(ids)}; change it or --max_prompt_tokens")
     return [Prompt(token_ids=tuple(ids), text=config.prompt, row={"prompt": config.prompt})]
+
+
+def _check_finite(rollout: "Rollout", path: str) -> None:
+    """Raise NumericsError where a model gives no probabilities to draw from."""
+    if not bool(rollout.rollout_logprobs.isfinite().all()):
+        raise NumericsError(f"{path}: expected finite log-probs, got NaN or infinity; its weights "
+                            "are broken, or too large for this dtype")
 
 
 def _rows(prompts: list["Prompt"], rollout: "Rollout", encoder: "TextEncoder") -> Iterator[str]:

@@ -73,6 +73,8 @@ def parse_yaml(text: str, name: str) -> Any:
         problem = error.problem or error.context or "not valid YAML"
         if "could not determine a constructor" in problem:
             problem = "tags (!...) are not read; write a plain value"
+        elif "'@'" in problem:
+            problem += "; put it in quotes, as in \"@sft\""
         raise ConfigError(f"{where}: {problem}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not valid YAML: {error}") from None

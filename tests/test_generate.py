@@ -10,7 +10,7 @@ import fastrl.generate as generate_module
 from fastrl import cli
 from fastrl.data import load_comparisons, load_encoder, word_tokenizer
 from fastrl.models import DecoderConfig, new_decoder
-from fastrl.models.weights import save_causal_lm
+from fastrl.models.weights import load_causal_lm, save_causal_lm
 
 WORDS = [f"w{i}" for i in range(37)]
 PROMPTS = [{"prompt": f"w{i} w{i + 1}", "source": "books", "completion": "not kept"}
@@ -152,3 +152,14 @@ def test_rows_are_read_as_the_tokens_that_were_written(shared: Path, tmp_path: P
     encoder = load_encoder(stories)
     for completion in rows_of(out)[0]["completions"]:
         assert encoder.encode_completion(completion["text"], end=False) == completion["token_ids"]
+
+
+def test_broken_weights_are_an_error_and_no_rows(model: Path, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    broken = load_causal_lm(model)
+    broken.lm_head.weight.data.fill_(float("nan"))
+    save_causal_lm(broken, tmp_path / "nan", tokenizer_from=model)
+    out = tmp_path / "out.jsonl"
+    assert run(tmp_path / "nan", "--prompt", "w1", "--output", str(out)) == 2
+    assert "nan: expected finite log-probs, got NaN" in capsys.readouterr().err
+    assert not out.exists()

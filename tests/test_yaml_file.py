@@ -31,6 +31,7 @@ def test_byte_order_mark_and_empty_file(tmp_path: Path) -> None:
     ("a: &x 1\nb: *x\n", "line 2, column 4: aliases"),
     ("1: 2\n", "line 1, column 1: a key must be plain text"),
     ("a: [\n", "f.yaml, line 2"),
+    ("a: @sft\n", "line 1, column 4: found character '@'.*put it in quotes"),
     ("a: \x01", "not valid YAML"),
 ])
 def test_mistakes_name_file_and_line(text: str, message: str) -> None:

@@ -77,6 +77,9 @@ def _cut_front(ids: list[int], room: int, bos_token_id: int | None) -> list[int]
 
 def _ranked(row: Row) -> tuple[list[str], list[int], list[bool]]:
     """The completions of a row, their ranks, and whether they ended by themselves."""
+    if not {"completions", "chosen", "rejected"} & set(row.value):
+        raise row.error("completions", "a list of {text, rank}, or the fields chosen and rejected",
+                        "none of them")
     if "completions" not in row.value:
         texts = [row_completion(row, "chosen"), row_completion(row, "rejected")]
         return texts, [0, 1], [True, True]

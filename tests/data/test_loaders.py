@@ -157,6 +157,8 @@ def test_long_comparison_loses_the_beginning_of_the_prompt(required_shared: Path
 @pytest.mark.parametrize(("row", "expected"), [
     ({"chosen": "a", "rejected": "b"}, "field 'prompt': expected a text, got nothing"),
     ({"prompt": "x", "chosen": "a"}, "field 'rejected': expected a text, got nothing"),
+    ({"prompt": "x", "completion": "a"},  # a demonstration
+     "field 'completions': expected a list of {text, rank}, or the fields chosen and rejected"),
     ({"prompt": "x", "chosen": "a", "rejected": ""}, "field 'rejected': expected a text that is"),
     ({"prompt": "x", "completions": "ab"}, "field 'completions': expected a list of {text, rank}"),
     ({"prompt": "x", "completions": ["a", "b"]}, "field 'completions[0]': expected an object"),
