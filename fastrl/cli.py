@@ -3,7 +3,7 @@
 Options come from the config dataclasses (`fastrl.options`). Nothing heavy is imported before the
 command line is known to be right, so that help and mistakes answer at once.
 
-Exit codes: 0 done, 1 a failed check of `doctor` or `demo`, 2 a mistake in settings, data or models,
+Exit codes: 0 done, 1 a failed check of `doctor`, 2 a mistake in settings, data or models,
 130 stopped by Ctrl-C.
 """
 

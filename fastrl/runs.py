@@ -339,7 +339,7 @@ class PPORun(PPOConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateRun:
-    """Compare models on held-out prompts; writes `evaluation.json` and `samples.jsonl`."""
+    """Compare models on held-out prompts; writes `evaluation.json`, samples included."""
 
     models: dict[str, str]
     """Folder of each model, by the name it has in the tables."""

@@ -148,6 +148,9 @@ def test_every_entry_of_the_glossary_is_one_sentence():
 
 def test_explain_names_the_missing_metric():
     assert explain("loss/train").peers[0] == "TRL: loss"
+    assert explain("kl/policy_ref").peers == ("TRL: objective/kl", "OpenRLHF: kl")
+    assert explain("clip/fraction").peers == ("TRL: policy/clipfrac_avg",
+                                              "verl: actor/pg_clipfrac")
     with pytest.raises(ConfigError, match="'loss/unheard'"):
         explain("loss/unheard")
 
