@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastrl.advantages import gae
-from fastrl.config import PPOConfig, SamplingConfig
+from fastrl.config import EngineConfig, PPOConfig, SamplingConfig
 from fastrl.errors import ConfigError, DataError, ModelError
 from fastrl.metrics import RunFolder
 from fastrl.models.causal_lm import scalar_from_causal
@@ -150,6 +150,12 @@ def test_reward_clip_bounds_the_score_but_not_the_metric(task: SimpleNamespace) 
     assert float(batch.raw_scores.max()) == 4.0
     free = task.catch_batch(task.make_trainer(**settings))
     assert float(free.scores.max()) == 4.0
+
+
+def test_engine_gets_its_sizes_and_its_decoder(task: SimpleNamespace) -> None:
+    sizes, decoder = EngineConfig(page_size=8, max_batch_size=3), SimpleNamespace(decode=str)
+    trainer = task.make_trainer(engine=sizes, inputs={"encoder": decoder})
+    assert trainer.engine.config == sizes and trainer.engine.encoder is decoder
 
 
 def test_critic_warmup_leaves_the_policy_alone(task: SimpleNamespace) -> None:
