@@ -9,6 +9,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 import types
 import typing
@@ -93,7 +94,8 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
     for option in options(cls):
         is_required = option.default is dataclasses.MISSING
         group = required if is_required else optional
-        sentence = option.sentence.replace("%", "%%")
+        # What a person types for Python's None is YAML's null.
+        sentence = re.sub(r"\bNone\b", "null", option.sentence).replace("%", "%%")
         if not is_required:
             sentence += f" [{_written(option.default)}]".replace("%", "%%")
         group.add_argument(f"--{option.name}", dest=option.name, default=argparse.SUPPRESS,

@@ -6,7 +6,9 @@ way is renamed to `<stage name>.interrupted-1` (a run that did not end) or `.old
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from fastrl.yaml_file import unknown_key
 
 __all__ = ["run_recipe", "run_stage"]
 
+
+LOCK = ".lock"
+"""File of an output folder that a running recipe holds locked."""
 
 def run_recipe(
     recipe: Path | str,
@@ -62,13 +67,36 @@ def run_recipe(
     pending = [stage for stage in plan.stages
                if stage in again or not _is_finished(stage, output_dir, data_root)]
     _check_contents(pending, data_root)
-    for stage in again:
-        _move_aside(output_dir / stage.name, "old")
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomic(output_dir / "recipe.json", json.dumps({"name": plan.name}) + "\n")
-    for stage in plan.stages:
-        _run_or_skip(stage, output_dir, data_root, console)
-    return write_report(output_dir)
+    with _only_run(output_dir):
+        for stage in again:
+            _move_aside(output_dir / stage.name, "old")
+        write_atomic(output_dir / "recipe.json", json.dumps({"name": plan.name}) + "\n")
+        for stage in plan.stages:
+            _run_or_skip(stage, output_dir, data_root, console)
+        return write_report(output_dir)
+
+
+@contextmanager
+def _only_run(output_dir: Path) -> Iterator[None]:
+    """Hold the folder's lock: a second run would take the first one's live stage for interrupted.
+
+    The system gives the lock back when the process ends, however it ends.
+    """
+    if sys.platform == "win32":  # has no fcntl
+        yield
+        return
+    import fcntl
+
+    with (output_dir / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"output_dir: expected a folder that no other run is using, but another process "
+                f"is running a recipe in {output_dir}; wait for it or choose another output_dir"
+            ) from None
+        yield
 
 
 def _run_or_skip(stage: Stage, output_dir: Path, data_root: Path, console: Console) -> None:
@@ -147,7 +175,8 @@ def _check_owner(plan: Recipe, output_dir: Path) -> None:
         if name != plan.name:
             raise ConfigError(f"output_dir: {output_dir} holds a run of recipe {name!r}, expected "
                               f"{plan.name!r}; choose another output_dir")
-    elif output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+    elif output_dir.exists() and (not output_dir.is_dir()
+                                  or any(p.name != LOCK for p in output_dir.iterdir())):
         raise ConfigError(f"output_dir: expected a new or empty folder, or one of an earlier run "
                           f"of this recipe, got {output_dir}; choose another output_dir")
 

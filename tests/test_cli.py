@@ -320,3 +320,12 @@ def test_demo_gets_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert cli.main(["demo", "--output_dir", str(tmp_path), "--seed", "4"]) == 0
     assert calls[0]["to"] == str(tmp_path) and calls[0]["seed"] == 4
     assert cli.main(["demo", "--seed", "-1"]) == 2
+
+
+def test_help_names_null_as_it_is_typed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["ppo", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Clip range of the value change; null: no clipping." in text
+    assert "None" not in text

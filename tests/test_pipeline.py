@@ -1,5 +1,6 @@
 """Recipes end to end on a model and data made here: order, skipping, lineage and refusals."""
 
+import fcntl
 import io
 import json
 import shutil
@@ -124,7 +125,7 @@ class Workplace:
         """Relative path -> time of change of every file of the run but the report."""
         return {path.relative_to(self.output_dir).as_posix(): path.stat().st_mtime_ns
                 for path in self.output_dir.rglob("*")
-                if path.is_file() and path.name not in ("report.html", "recipe.json")}
+                if path.is_file() and path.name not in ("report.html", "recipe.json", ".lock")}
 
 
 @pytest.fixture(scope="module")
@@ -318,3 +319,13 @@ def test_rankings_without_a_comparison_are_counted(shared, tmp_path):
     place.recipe.write_text(recipe.replace("select_by: reward", "select_by: last"))
     printed = place.run("reward.eval_fraction=0.0")
     assert "1 of 2 rows kept, 1 without a comparison, dropped" in printed
+
+
+def test_two_runs_cannot_share_an_output_folder(place):
+    with (place.output_dir / ".lock").open("w") as other_run:
+        fcntl.flock(other_run, fcntl.LOCK_EX)
+        before = place.files()
+        with pytest.raises(ConfigError, match="no other run is using"):
+            place.run()
+        assert place.files() == before
+    assert "skipped" in place.run()
