@@ -90,6 +90,17 @@ def test_interval_is_wilson_for_independent_pairs_and_wider_for_clusters():
     assert clustered.high == pytest.approx(0.855, abs=0.01)
 
 
+def test_interval_of_three_prompts_by_hand():
+    """Two pairs a prompt, both right, both right, both wrong: worth n = 2 independent pairs.
+
+        sum of squared residuals 24/9, over 6^2, times 3/2 = 1/9; n = (2/3 * 1/3) / (1/9) = 2
+    """
+    held = [comparison([0, 1, 1], [1] * 3)] * 3
+    report = build_report(held, [[1.0, 0.0, 0.0]] * 2 + [[-1.0, 0.0, 0.0]], ()).overall
+    assert (report.num_pairs, report.accuracy) == (6, pytest.approx(2 / 3))
+    assert (report.low, report.high) == pytest.approx((0.159381, 0.954745), abs=1e-5)
+
+
 def test_interval_of_a_perfect_score_is_not_a_point():
     perfect = build_report([comparison([0, 1], [1, 1])] * 10, [[1.0, 0.0]] * 10, ()).overall
     assert perfect.low == pytest.approx(0.7225, abs=1e-3)
