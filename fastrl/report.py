@@ -41,7 +41,7 @@ def write_report(run_dir: Path) -> Path:
         raise ConfigError(f"{run_dir}: expected a run folder (run.json in it or in its "
                           "subfolders), found none; check the path")
     name = str(read_json(run_dir / "recipe.json").get("name") or run_dir.resolve().name)
-    for thinning in (1, 2, 4, 8):
+    for thinning in (1, 2, 4, 8, 16):
         html = page(f"{name}: fastrl report", _body(name, stages, thinning))
         if len(html.encode()) <= MAX_BYTES:
             break
@@ -183,7 +183,7 @@ def _samples(stages: Sequence[StageFiles], thinning: int) -> list[str]:
         if rows:
             names = list(rows[0][1])
             cells = [(_cut(prompt, limit), *(_cut(responses[name], limit) for name in names))
-                     for prompt, responses in rows[:_MAX_SAMPLE_ROWS // thinning]]
+                     for prompt, responses in rows[:max(1, _MAX_SAMPLE_ROWS // thinning)]]
             tables.append((bool(stage.evaluation), f"<h3>{text(stage.name)}</h3>"
                            + table(("prompt", *names), cells)))
     compared = [html for is_compared, html in tables if is_compared]

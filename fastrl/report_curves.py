@@ -38,8 +38,9 @@ def curves(kind: str, stages: Sequence[StageFiles], max_points: int) -> list[str
     if "kl/policy_ref" in lines and "reward/score_mean" in lines:
         plots.append(_frontier(lines["reward/score_mean"], lines["kl/policy_ref"],
                                f"{kind}-frontier"))
-    rows = [(metric, sparkline(line.ys), line.name, line.ys[0], line.ys[-1], _meaning(metric))
-            for metric in names for line in lines[metric]]
+    rows = [(metric, sparkline(line.ys, max(4, max_points // 4)), line.name, line.ys[0],
+             line.ys[-1], "" if index else _meaning(metric))
+            for metric in names for index, line in enumerate(lines[metric])]
     everything = table(("metric", "course", "stage", "first", "last", "meaning"), rows,
                        caption="Every metric, first and last value", raw_columns=(1,))
     return [f'<div class="plots">{"".join(plots)}</div>' if plots else "",

@@ -204,9 +204,9 @@ def interval_plot(title: str, rows: Sequence[Interval], *, label_id: str) -> str
     return "".join(parts) + "</svg>"
 
 
-def sparkline(ys: Sequence[float]) -> str:
+def sparkline(ys: Sequence[float], max_points: int = 60) -> str:
     """Return a small line without axes; decoration beside numbers, hidden from screen readers."""
-    _, values = downsample(range(len(ys)), ys, 60)
+    _, values = downsample(range(len(ys)), ys, max_points)
     low, high = _range(values)
     x_axis, y_axis = _Axis(0, max(len(values) - 1, 1), 1, 79), _Axis(low, high, 19, 1)
     points = "L".join(f"{x_axis(i)} {y_axis(y)}" for i, y in enumerate(values))

@@ -234,6 +234,14 @@ def test_size_stays_bounded_for_long_runs(tmp_path: Path) -> None:
     assert write_report(tmp_path).stat().st_size <= 1_000_000
 
 
+def test_size_stays_bounded_for_many_stages(tmp_path: Path) -> None:
+    for number in range(20):
+        write_stage(tmp_path / f"ppo{number}", "ppo", num_steps=120)
+    html = write_report(tmp_path).read_text("utf-8")
+    assert len(html.encode()) <= 1_000_000
+    assert all(f"ppo{number}: settings" in html for number in range(20))
+
+
 def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a run folder"):
         write_report(tmp_path)
