@@ -218,6 +218,15 @@ def test_a_run_that_was_stopped_still_has_a_report(tmp_path: Path) -> None:
     assert "not finished" in page.text and "reward/score_mean" in page.text
 
 
+def test_reward_is_drawn_over_the_square_root_of_kl(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "ppo", PPOConfig(), stage="ppo", lineage={"kind": "ppo"}) as run:
+        for step, (score, kl) in enumerate(((0.5, 4.0), (0.7, 9.0)), start=1):
+            run.log(step, {"reward/score_mean": score, "kl/policy_ref": kl})
+    html = write_report(tmp_path).read_text("utf-8")
+    assert "sqrt(KL), KL in nats per response 2: 0.5<" in html
+    assert "sqrt(KL), KL in nats per response 3: 0.7<" in html
+
+
 def test_size_stays_bounded_for_long_runs(tmp_path: Path) -> None:
     for name in ("ppo", "ppo_ptx", "ppo_long"):
         folder = tmp_path / name

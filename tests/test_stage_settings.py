@@ -9,12 +9,13 @@ import torch
 
 from fastrl.console import Console
 from fastrl.data import load_encoder, word_tokenizer
+from fastrl.errors import ModelError
 from fastrl.models import load_causal_lm, new_decoder, scalar_from_causal
 from fastrl.models.families import decoder_config
 from fastrl.models.weights import save_causal_lm, save_scalar_model
 from fastrl.runs import EvaluateRun, PPORun, PretrainRun, RewardRun, SelectRun, SFTRun
 from fastrl.stages import run_stage
-from fastrl.stages.inputs import load_policy
+from fastrl.stages.inputs import load_policy, load_reward_model
 
 WORDS = "the fox owl bear eats likes berries honey mice . ?".split()
 
@@ -167,6 +168,15 @@ def test_responses_end_at_the_tokenizers_end_token_too(place):
     assert load_causal_lm(place / "model").spec.eos_token_ids == ()
     policy = load_policy(str(place / "model"), config, encoder)
     assert policy.spec.eos_token_ids == encoder.eos_token_ids != ()
+
+
+@pytest.mark.parametrize(("load", "name"), [(load_policy, "model"), (load_reward_model, "judge")])
+def test_every_model_must_know_the_tokens_of_the_tokenizer(place, load, name):
+    config = PPORun(**names(place, model_name_or_path="model", reward_model="judge"),
+                    prompts=(str(place / "prompts.jsonl"),))
+    more = word_tokenizer([*WORDS, "wolf", "crab"], place / "more")
+    with pytest.raises(ModelError, match="tokenizer does not match the model"):
+        load(str(place / name), config, more)
 
 
 def test_a_stage_writes_to_tensorboard_when_asked(place):
