@@ -113,6 +113,15 @@ def test_sft_gets_its_files(place, monkeypatch):
     assert train[0].loss_mask == (False, False, True, True, True)
 
 
+def test_sft_is_judged_on_held_out_prompts(place, monkeypatch):
+    _, others = caught(monkeypatch, "SFTTrainer", "sft", SFTRun(
+        **names(place, model_name_or_path="model", reward_model="judge"),
+        data=(str(place / "demos.jsonl"),), eval_data=(str(place / "held.jsonl"),),
+        select_by="reward"))
+    encoder = load_encoder(place / "model")
+    assert [encoder.decode(ids) for ids in others["score"].prompts] == ["the bear"]
+
+
 def test_reward_gets_its_files_and_a_head_of_its_seed(place, monkeypatch):
     heads = []
     for seed in (0, 1):
