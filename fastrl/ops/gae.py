@@ -20,7 +20,8 @@ from fastrl.checks import (
 )
 from fastrl.errors import ShapeError
 
-PREFERENCE = ("torch",)
+# Order by measurement; no GPU result yet, so "auto" keeps the proven path.
+PREFERENCE = ("torch", "triton")
 
 
 @torch.no_grad()
@@ -135,6 +136,12 @@ def compute_gae(
         ([[0.5, 0.75]], [[1.0, 1.0]])
     """
     _check(rewards, values, response_mask, gamma, lam, cu_seqlens)
-    choose("compute_gae", "gae", PREFERENCE, values.device.type, values.dtype, backend)
+    dtype = torch.promote_types(rewards.dtype, values.dtype)
+    name = choose("compute_gae", "gae", PREFERENCE, values.device.type, dtype, backend)
+    if name == "triton":
+        from fastrl_kernels.triton import gae
+
+        return gae.compute_gae(rewards, values, response_mask, gamma=gamma, lam=lam,
+                               cu_seqlens=cu_seqlens)
     return compute_gae_reference(rewards, values, response_mask, gamma=gamma, lam=lam,
                                  cu_seqlens=cu_seqlens)

@@ -1,0 +1,75 @@
+"""Every Triton kernel compiles for three generations of GPU without one, and spills nothing."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "kernels/fastrl_kernels/triton"
+KERNELS = sorted(p.stem for p in FOLDER.glob("*.py") if "def aot_cases" in p.read_text())
+ARCHITECTURES = (80, 90, 100)
+ALLOWED_SPILLS: dict[tuple[str, int], int] = {}
+"""(kernel, architecture) -> bytes of stack a thread may use, each with the reason beside it."""
+
+
+def compile_all(name: str) -> list[dict[str, object]]:
+    """Registers and stack of every case of one kernel file, from the finished machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    rows: list[dict[str, object]] = []
+    for kernel, types, constants in importlib.import_module(
+        f"fastrl_kernels.triton.{name}"
+    ).aot_cases():
+        options = {k: v for k, v in constants.items() if k in ("num_warps", "num_stages")}
+        fixed = {k: v for k, v in constants.items() if k not in options}
+        signature = {a: "constexpr" if a in fixed else types[a] for a in kernel.arg_names}
+        for arch in ARCHITECTURES:
+            source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+            rows.append({"kernel": compiled.metadata.name, "arch": arch,
+                         **resources(compiled.asm["cubin"])})
+    return rows
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """What `cuobjdump` says: REG and STACK per thread. STACK is where spills live."""
+    import tempfile
+
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True,
+                              text=True, check=True).stdout
+    words = dict(word.split(":")[:2] for word in text.split() if word.count(":") == 1)
+    return {"registers": int(words["REG"]), "stack_bytes": int(words["STACK"]),
+            "local_bytes": int(words["LOCAL"])}
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("name", KERNELS)
+def test_compiles_and_spills_nothing(name: str, tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT / "kernels")}
+    done = subprocess.run([sys.executable, __file__, name], env=environment, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert {row["arch"] for row in rows} == set(ARCHITECTURES)
+    for row in rows:
+        allowed = ALLOWED_SPILLS.get((row["kernel"], row["arch"]), 0)
+        assert row["stack_bytes"] + row["local_bytes"] <= allowed, f"spills: {row}"
+        assert 0 < row["registers"] <= 255, row
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(compile_all(sys.argv[1])) + "\n")
