@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastrl.config import EngineConfig, SamplingConfig
 from fastrl.engine import Engine
-from fastrl.errors import DataError, ShapeError
+from fastrl.errors import ConfigError, DataError, ShapeError
 from fastrl.models.causal_lm import CausalLM
 from fastrl.models.scoring import response_logprobs
 from fastrl.ops import kl_estimate
@@ -280,3 +280,41 @@ def _texts(rollout: Rollout, decoder: TextDecoder) -> list[str]:
 
 def _mean_length(rollout: Rollout) -> float:
     return float(rollout.response_lens.to(torch.float64).mean())
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL of best-of-n sampling from the policy sampled, in nats; exact for distinct scores.
+
+        KL = log n - (n - 1) / n
+
+    Source: Stiennon et al. 2020 (arXiv 2009.01325), appendix G.3.
+    """
+    if n < 1:
+        raise ConfigError(f"best_of_n_kl: expected n of at least 1, got {n}; change n")
+    return math.log(n) - (n - 1) / n
+
+
+def win_probability(score_difference: float) -> float:
+    """Chance that a response wins whose preference-model score is higher by `score_difference`.
+
+        1 / (1 + exp(-difference)); one unit is 400 / ln 10 = 173.7 Elo
+
+    Source: Askell et al. 2021 (arXiv 2112.00861), section 2.
+    """
+    return float(torch.sigmoid(torch.tensor(score_difference, dtype=torch.float64)))
+
+
+def entropy_bits(probabilities: Sequence[float]) -> float:
+    """Entropy of two or more choices in bits, after normalising; 1 is an unbiased pair.
+
+        H = -sum_i P_i log2 P_i
+
+    Args:
+        probabilities: Not negative, with a sum above 0; they need not add up to 1.
+    Source: Ouyang et al. 2022 (arXiv 2203.02155), appendix D: bias of sentence pairs.
+    """
+    total = math.fsum(probabilities)
+    if total <= 0 or min(probabilities) < 0:
+        raise ConfigError(f"entropy_bits: expected probabilities of at least 0 with a sum above 0, "
+                          f"got {list(probabilities)}; change them")
+    return -math.fsum(p / total * math.log2(p / total) for p in probabilities if p > 0)

@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from fastrl.config import SamplingConfig
-from fastrl.errors import DataError, ShapeError
+from fastrl.errors import ConfigError, DataError, ShapeError
 from fastrl.evaluation import (
+    best_of_n_kl,
     compare_models,
     distinct_word_ratio,
+    entropy_bits,
     generate_for,
     language_model_loss,
     response_loglikelihood,
     sequence_kl,
+    win_probability,
     win_rate,
 )
 from fastrl.models.causal_lm import CausalLM
@@ -158,3 +161,21 @@ def test_comparison_takes_kl_and_likelihood_under_the_baseline() -> None:
     assert result.response_length == pytest.approx(float(rollout.response_lens.float().mean()))
     stopped = [r == "stop" for r in rollout.finish_reasons]
     assert result.eos_rate == sum(stopped) / len(stopped)
+
+
+def test_best_of_n_kl_golden_values(golden):
+    assert {n: best_of_n_kl(n) for n in golden.BEST_OF_N_KL} == pytest.approx(
+        golden.BEST_OF_N_KL, abs=1e-5)
+    assert best_of_n_kl(1) == 0
+    with pytest.raises(ConfigError, match="n of at least 1"):
+        best_of_n_kl(0)
+
+
+def test_win_probability_and_entropy_golden_values(golden):
+    assert win_probability(1.0) == pytest.approx(golden.SIGMOID_ONE, abs=1e-6)
+    assert win_probability(-1000.0) == 0 and win_probability(0.0) == 0.5
+    assert {p: entropy_bits((p, 1 - p)) for p in golden.ENTROPY_BITS} == pytest.approx(
+        golden.ENTROPY_BITS, abs=1e-6)
+    assert entropy_bits((3.0, 3.0)) == 1 and entropy_bits((1.0, 0.0)) == 0
+    with pytest.raises(ConfigError, match="sum above 0"):
+        entropy_bits((0.0, 0.0))
