@@ -47,6 +47,66 @@ void run_gae(const Tensor rewards, const Tensor values, const std::optional<Tens
         on_stream(rewards, stream)));
 }
 
+float* floats(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
+    return static_cast<float*>(data(op, name, tensor, ScalarType::Float, like.numel(), like));
+}
+
+float* floats(const char* op, const char* name, const std::optional<Tensor>& tensor,
+              const Tensor& like) {
+    return tensor.has_value() ? floats(op, name, *tensor, like) : nullptr;
+}
+
+const bool* keep(const char* op, const std::optional<Tensor>& mask, const Tensor& like) {
+    return static_cast<const bool*>(data(op, "mask", mask, ScalarType::Bool, like.numel(), like));
+}
+
+void run_kl_estimate(const Tensor logprobs, const Tensor ref_logprobs,
+                     const std::optional<Tensor> mask, const Tensor k1, const Tensor k2,
+                     const Tensor k3, int64_t stream) {
+    const char* op = "kl_estimate";
+    const DeviceGuard guard(logprobs.get_device_index());
+    finish(op, kl_estimate(floats(op, "logprobs", logprobs, logprobs),
+                           floats(op, "ref_logprobs", ref_logprobs, logprobs),
+                           keep(op, mask, logprobs), logprobs.numel(),
+                           floats(op, "k1", k1, logprobs), floats(op, "k2", k2, logprobs),
+                           floats(op, "k3", k3, logprobs), on_stream(logprobs, stream)));
+}
+
+void run_kl_gradient(const Tensor logprobs, const Tensor ref_logprobs,
+                     const std::optional<Tensor> mask, const Tensor dk1, const Tensor dk2,
+                     const Tensor dk3, const Tensor dlogprobs, int64_t stream) {
+    const char* op = "kl_gradient";
+    const DeviceGuard guard(logprobs.get_device_index());
+    finish(op, kl_gradient(floats(op, "logprobs", logprobs, logprobs),
+                           floats(op, "ref_logprobs", ref_logprobs, logprobs),
+                           keep(op, mask, logprobs), floats(op, "dk1", dk1, logprobs),
+                           floats(op, "dk2", dk2, logprobs), floats(op, "dk3", dk3, logprobs),
+                           logprobs.numel(), floats(op, "dlogprobs", dlogprobs, logprobs),
+                           on_stream(logprobs, stream)));
+}
+
+void run_shape_rewards(const Tensor scores, const Tensor logprobs, const Tensor ref_logprobs,
+                       const Tensor mask, double kl_coef, int64_t estimator, const Tensor rewards,
+                       const std::optional<Tensor> k1, const std::optional<Tensor> k2,
+                       const std::optional<Tensor> k3, int64_t stream) {
+    const char* op = "shape_rewards";
+    require(logprobs.dim() == 2, op, "logprobs", "[B, T]");
+    require(estimator >= 1 && estimator <= 3, op, "estimator", "1, 2 or 3");
+    const int64_t num_rows = logprobs.size(0), row_length = logprobs.size(1);
+    const int64_t limit = int64_t{1} << 31;
+    require(num_rows < limit && row_length < limit, op, "B and T", "below 2^31");
+    const DeviceGuard guard(logprobs.get_device_index());
+    finish(op, shape_rewards(
+        static_cast<const float*>(
+            data(op, "scores", scores, ScalarType::Float, num_rows, logprobs)),
+        floats(op, "logprobs", logprobs, logprobs),
+        floats(op, "ref_logprobs", ref_logprobs, logprobs), keep(op, mask, logprobs), num_rows,
+        row_length, static_cast<float>(kl_coef), static_cast<int>(estimator),
+        floats(op, "rewards", rewards, logprobs), floats(op, "k1", k1, logprobs),
+        floats(op, "k2", k2, logprobs), floats(op, "k3", k3, logprobs),
+        on_stream(logprobs, stream)));
+}
+
 }  // namespace
 }  // namespace fastrl
 
@@ -54,10 +114,20 @@ STABLE_TORCH_LIBRARY(fastrl_cuda, m) {
     m.def("gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? cu_seqlens, float gamma, "
           "float decay, Tensor(a!) advantages, Tensor(b!) returns, Tensor(c!)? row_stats, "
           "int stream) -> ()");
+    m.def("kl_estimate(Tensor logprobs, Tensor ref_logprobs, Tensor? mask, Tensor(a!) k1, "
+          "Tensor(b!) k2, Tensor(c!) k3, int stream) -> ()");
+    m.def("kl_gradient(Tensor logprobs, Tensor ref_logprobs, Tensor? mask, Tensor dk1, "
+          "Tensor dk2, Tensor dk3, Tensor(a!) dlogprobs, int stream) -> ()");
+    m.def("shape_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask, "
+          "float kl_coef, int estimator, Tensor(a!) rewards, Tensor(b!)? k1, Tensor(c!)? k2, "
+          "Tensor(d!)? k3, int stream) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrl_cuda, CUDA, m) {
     m.impl("gae", TORCH_BOX(&fastrl::run_gae));
+    m.impl("kl_estimate", TORCH_BOX(&fastrl::run_kl_estimate));
+    m.impl("kl_gradient", TORCH_BOX(&fastrl::run_kl_gradient));
+    m.impl("shape_rewards", TORCH_BOX(&fastrl::run_shape_rewards));
 }
 
 // `import fastrl_kernels._C` loads the library, whose static objects register the ops.

@@ -18,4 +18,18 @@ const char* gae(const float* rewards, const float* values, const bool* mask,
                 const int64_t* cu_seqlens, int64_t num_rows, int64_t row_length, float gamma,
                 float decay, float* advantages, float* returns, double* row_stats, Launch launch);
 
+// mask may be null.
+const char* kl_estimate(const float* logprobs, const float* ref_logprobs, const bool* mask,
+                        int64_t numel, float* k1, float* k2, float* k3, Launch launch);
+
+const char* kl_gradient(const float* logprobs, const float* ref_logprobs, const bool* mask,
+                        const float* dk1, const float* dk2, const float* dk3, int64_t numel,
+                        float* dlogprobs, Launch launch);
+
+// estimator 1, 2 or 3 is the penalty; k1, k2 and k3 are each written where not null.
+const char* shape_rewards(const float* scores, const float* logprobs, const float* ref_logprobs,
+                          const bool* mask, int64_t num_rows, int64_t row_length, float kl_coef,
+                          int estimator, float* rewards, float* k1, float* k2, float* k3,
+                          Launch launch);
+
 }  // namespace fastrl

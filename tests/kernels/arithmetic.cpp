@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "gae.h"
+#include "kl.h"
 
 using namespace fastrl;
 
@@ -29,6 +30,20 @@ void gae_by_scan(const float* rewards, const float* values, const bool* keep, in
             maps[t] = gae_compose(maps[t], maps[t + distance]);
     for (int64_t t = 0; t < length; ++t)
         advantages[t] = keep[t] ? gae_apply(maps[t], {0.0f, 0.0f}).advantage : 0.0f;
+}
+
+void kl_all(const float* logprobs, const float* ref_logprobs, int64_t length, float* k1, float* k2,
+            float* k3) {
+    for (int64_t t = 0; t < length; ++t) {
+        const KLEstimates kl = kl_estimates(logprobs[t], ref_logprobs[t]);
+        k1[t] = kl.k1, k2[t] = kl.k2, k3[t] = kl.k3;
+    }
+}
+
+void kl_all_gradients(const float* logprobs, const float* ref_logprobs, int64_t length,
+                      const float* dk1, const float* dk2, const float* dk3, float* dlogprobs) {
+    for (int64_t t = 0; t < length; ++t)
+        dlogprobs[t] = kl_gradient(logprobs[t], ref_logprobs[t], dk1[t], dk2[t], dk3[t]);
 }
 
 }  // extern "C"

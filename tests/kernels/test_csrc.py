@@ -11,14 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fastrl_kernels.cuda import gae
+from fastrl_kernels.cuda import gae, kl, rewards
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastrl.ops.gae import compute_gae_reference
+from fastrl.ops.kl import kl_estimate_reference
 
 ROOT = Path(__file__).resolve().parents[2]
-OPS = {"gae"}
+OPS = {"gae", "kl_estimate", "kl_gradient", "shape_rewards"}
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +68,41 @@ def test_gae_with_holes_equals_the_reference(arithmetic: ctypes.CDLL, name: str,
     torch.testing.assert_close(got, exact[0].float(), rtol=1e-5, atol=1e-5)
 
 
+def call_kl(function: ctypes._CFuncPtr, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (*inputs, *outputs)]
+    function(*pointers[:2], ctypes.c_int64(len(inputs[0])), *pointers[2:])
+
+
+def test_kl_golden(arithmetic: ctypes.CDLL, golden: SimpleNamespace) -> None:
+    inputs = [torch.tensor(golden.SHAPING_LOGPROBS), torch.tensor(golden.SHAPING_REF_LOGPROBS)]
+    got = [torch.full((3,), float("nan")) for _ in range(3)]
+    call_kl(arithmetic.kl_all, inputs, got)
+    for one, expected in zip(got, (golden.SHAPING_K1, golden.SHAPING_K2, golden.SHAPING_K3),
+                             strict=True):
+        torch.testing.assert_close(one, torch.tensor(expected), rtol=0, atol=1e-7)
+
+
+def test_kl_and_its_gradient_equal_the_reference(arithmetic: ctypes.CDLL) -> None:
+    """Small and large differences, one beyond the clamp, and NaN, which must not be hidden."""
+    logprobs = torch.cat([-torch.rand(50) * 30, torch.tensor([-100.0, -1.0, float("nan")])])
+    ref_logprobs = torch.cat([-torch.rand(50) * 30, torch.tensor([-1.0, -100.0, -1.0])])
+    leaves = [logprobs.clone().requires_grad_(), ref_logprobs]
+    expected = kl_estimate_reference(*leaves)
+    got = [torch.zeros(53) for _ in range(3)]
+    call_kl(arithmetic.kl_all, [logprobs, ref_logprobs], got)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=1e-6, atol=1e-6, equal_nan=True)
+    gradients, dlogprobs = list(torch.randn(3, 53)), torch.zeros(53)
+    (exact,) = torch.autograd.grad(expected, leaves[0], gradients)
+    call_kl(arithmetic.kl_all_gradients, [logprobs, ref_logprobs, *gradients], [dlogprobs])
+    torch.testing.assert_close(dlogprobs[:52], exact[:52], rtol=1e-5, atol=1e-5)
+
+
 def test_the_cuda_callers_say_what_they_refuse() -> None:
     assert gae.supports("cpu", torch.float32) == "the tensors are on cpu"
     assert "float64" in str(gae.supports("cuda", torch.float64))
     assert gae.supports("cuda", torch.bfloat16) is None
+    assert kl.supports is rewards.supports is gae.supports
 
 
 def test_a_compiled_graph_knows_the_shapes() -> None:
@@ -79,9 +111,13 @@ def test_a_compiled_graph_knows_the_shapes() -> None:
         padded = torch.ops.fastrl_cuda.compute_gae(rewards, values, None, None, 1.0, 0.95)
         offsets = torch.empty(3, dtype=torch.int64)
         packed = torch.ops.fastrl_cuda.compute_gae(values[0], values[0], None, offsets, 1.0, 0.95)
+        estimates = torch.ops.fastrl_cuda.kl_estimates(values, values, None)
+        shaped = torch.ops.fastrl_cuda.shaped_rewards(values[:, 0], values, values, values > 0,
+                                                      0.1, 1)
     assert [(list(x.shape), x.dtype) for x in padded] == [
         ([3, 5], torch.float32), ([3, 5], torch.float32), ([3, 3], torch.float64)]
     assert [list(x.shape) for x in packed] == [[5], [5], [2, 3]]
+    assert [list(x.shape) for x in (*estimates, *shaped)] == [[3, 5]] * 5
 
 
 @pytest.fixture(scope="module")
