@@ -13,7 +13,8 @@ from fastrl.checks import check_device, check_float, check_mask, check_shape, ch
 from fastrl.errors import ConfigError, ShapeError
 from fastrl.ops.kl import kl_estimate_reference
 
-PREFERENCE = ("torch",)
+# Order by measurement; no GPU result yet, so "auto" keeps the proven path.
+PREFERENCE = ("torch", "triton")
 ESTIMATORS = ("k1", "k2", "k3")
 
 
@@ -92,6 +93,13 @@ def shape_rewards(
         ([[-0.5, 3.0]], [[1.0, 0.0]])
     """
     _check(scores, logprobs, ref_logprobs, response_mask, estimator)
-    choose("shape_rewards", "rewards", PREFERENCE, logprobs.device.type, logprobs.dtype, backend)
+    dtype = torch.promote_types(logprobs.dtype, ref_logprobs.dtype)
+    dtype = torch.promote_types(dtype, scores.dtype)
+    name = choose("shape_rewards", "rewards", PREFERENCE, logprobs.device.type, dtype, backend)
+    if name == "triton":
+        from fastrl_kernels.triton import rewards
+
+        return rewards.shape_rewards(scores, logprobs, ref_logprobs, response_mask,
+                                     kl_coef=kl_coef, estimator=estimator)
     return shape_rewards_reference(scores, logprobs, ref_logprobs, response_mask,
                                    kl_coef=kl_coef, estimator=estimator)

@@ -1,0 +1,101 @@
+"""shape_rewards on a GPU: the KL estimate and the shaped reward in one launch.
+
+    rewards_t = -kl_coef * kl_t + [t is the last response token] * score
+
+One program per response walks its blocks from the end, so that the first True position that it
+meets is the last response token. Reads 9 and writes 8 bytes per token; nothing between. Limits:
+float32, float16, bfloat16; computed in float32; k3 is exp(u) - 1 - u, by its series below |u| =
+0.05, where the difference would cancel. Source: Ouyang et al. 2022 (arXiv 2203.02155), eq. 2;
+Schulman 2020 for the estimators.
+"""
+
+import os
+from typing import Any, Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_BLOCK = 1024
+ESTIMATORS = ("k1", "k2", "k3")
+
+
+@triton.jit
+def _k3(k1):  # type: ignore[no-untyped-def]
+    """exp(u) - 1 - u with u = -k1, held at 20 as in the reference."""
+    u = tl.minimum(-k1, 20.0)
+    series = u * u * (0.5 + u * (1.0 / 6 + u * (1.0 / 24 + u * (1.0 / 120))))
+    return tl.where(tl.abs(u) < 0.05, series, tl.exp(u) - 1.0 - u)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _shape_rewards_fwd_kernel(  # type: ignore[no-untyped-def]
+    scores_ptr, logprobs_ptr, ref_logprobs_ptr, mask_ptr, rewards_ptr, kl_ptr, num_tokens, kl_coef,
+    stride_scores_b, stride_logprobs_b, stride_logprobs_t, stride_ref_b, stride_ref_t,
+    stride_mask_b, stride_mask_t, ESTIMATOR: tl.constexpr, BLOCK_T: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    score = tl.load(scores_ptr + row * stride_scores_b).to(tl.float32)
+    is_scored = tl.zeros([], tl.int32)
+    num_blocks = tl.cdiv(num_tokens, BLOCK_T)
+    for i in range(num_blocks):
+        t = (num_blocks - 1 - i).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+        is_inside = t < num_tokens
+        keep = tl.load(mask_ptr + row * stride_mask_b + t * stride_mask_t,
+                       mask=is_inside, other=0) != 0
+        logprob = tl.load(logprobs_ptr + row * stride_logprobs_b + t * stride_logprobs_t,
+                          mask=keep, other=0.0).to(tl.float32)
+        ref = tl.load(ref_logprobs_ptr + row * stride_ref_b + t * stride_ref_t,
+                      mask=keep, other=0.0).to(tl.float32)
+        kl = logprob - ref
+        if ESTIMATOR == 1:
+            kl = kl * kl * 0.5
+        if ESTIMATOR == 2:
+            kl = _k3(kl)
+        last = tl.max(tl.where(keep, t, -1), 0)
+        is_last = (t == last) & (is_scored == 0) & keep
+        is_scored = tl.where(last >= 0, 1, is_scored)
+        reward = tl.where(is_last, score - kl_coef * kl, -kl_coef * kl)
+        tl.store(rewards_ptr + row * num_tokens + t, reward, mask=is_inside)
+        tl.store(kl_ptr + row * num_tokens + t, kl, mask=is_inside)
+
+
+def shape_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, *,
+    kl_coef: float, estimator: Literal["k1", "k2", "k3"] = "k1",
+) -> tuple[Tensor, Tensor]:
+    """fastrl.ops.shape_rewards on this backend."""
+    scores, logprobs, ref_logprobs = (x.detach() for x in (scores, logprobs, ref_logprobs))
+    num_rows, num_tokens = logprobs.shape
+    rewards = torch.empty(num_rows, num_tokens, dtype=torch.float32, device=logprobs.device)
+    kl = torch.empty_like(rewards)
+    if num_rows > 0:
+        _shape_rewards_fwd_kernel[(num_rows,)](
+            scores, logprobs, ref_logprobs, response_mask, rewards, kl, num_tokens, kl_coef,
+            scores.stride(0), *logprobs.stride(), *ref_logprobs.stride(),
+            *response_mask.stride(), ESTIMATOR=ESTIMATORS.index(estimator),
+            BLOCK_T=min(MAX_BLOCK, triton.next_power_of_2(max(num_tokens, 16))),
+        )
+    return rewards, kl
+
+
+def supports(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot run the op on such tensors; None where it can."""
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {device_type}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it computes in float32, the tensors are {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def aot_cases() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """(kernel, types of its arguments, constants): what is compiled ahead of time in the tests."""
+    types = {
+        "scores_ptr": "*fp32", "logprobs_ptr": "*fp32", "ref_logprobs_ptr": "*fp32",
+        "mask_ptr": "*i1", "rewards_ptr": "*fp32", "kl_ptr": "*fp32", "num_tokens": "i32",
+        "kl_coef": "fp32", "stride_scores_b": "i32", "stride_logprobs_b": "i32",
+        "stride_logprobs_t": "i32", "stride_ref_b": "i32", "stride_ref_t": "i32",
+        "stride_mask_b": "i32", "stride_mask_t": "i32",
+    }
+    return [(_shape_rewards_fwd_kernel, types, {"ESTIMATOR": 2, "BLOCK_T": MAX_BLOCK})]

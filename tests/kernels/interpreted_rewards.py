@@ -1,0 +1,70 @@
+"""shape_rewards' Triton kernel against the float64 reference; run by test_triton_small.py."""
+
+import pytest
+import torch
+from fastrl_kernels.triton.rewards import MAX_BLOCK
+from torch import Tensor
+
+from fastrl.errors import BackendUnavailableError
+from fastrl.ops import shape_rewards
+from fastrl.ops.rewards import shape_rewards_reference
+
+ESTIMATORS = ("k1", "k2", "k3")
+FLOOR = 3e-6  # float32's exp, against expm1 in the reference
+
+
+def batch(B: int, T: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores, log-probs and a mask with holes and a row that is all masked; NaN where masked."""
+    mask = torch.rand(B, T) > 0.3
+    mask[B // 2] = B == 1
+    logprobs, ref = (-3 * torch.rand(2, B, T)).masked_fill(~mask, torch.nan)
+    return torch.randn(B), logprobs, ref, mask
+
+
+def assert_as_good_as_torch(*inputs: Tensor, estimator: str) -> None:
+    settings = {"kl_coef": 0.3, "estimator": estimator}
+    wide = [x.double() if x.is_floating_point() else x for x in inputs]
+    truths = shape_rewards_reference(*wide, **settings)
+    plain = shape_rewards_reference(*inputs, **settings)
+    ours = shape_rewards(*inputs, backend="triton", **settings)
+    for truth, torch_result, result in zip(truths, plain, ours, strict=True):
+        assert result.shape == truth.shape and result.dtype == torch.float32
+        error = (result - truth).abs().max()
+        assert error <= 2 * (torch_result - truth).abs().max() + FLOOR * (1 + truth.abs().max())
+
+
+# One token, below a block, and two blocks that do not fill.
+@pytest.mark.parametrize("B, T", [(1, 1), (3, 31), (3, MAX_BLOCK + 77)])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_with_holes(B: int, T: int, estimator: str) -> None:
+    assert_as_good_as_torch(*batch(B, T), estimator=estimator)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_not_contiguous_and_far_apart(estimator: str) -> None:
+    scores, logprobs, ref, mask = batch(5, 6)
+    assert_as_good_as_torch(scores.repeat_interleave(2)[:12:2][:5], logprobs.t().contiguous().t(),
+                            ref.repeat_interleave(2, 1)[:, ::2], mask.t().contiguous().t(),
+                            estimator=estimator)
+    far = torch.tensor([[-200.0, -1.0, -1.0 - 1e-4]]), torch.tensor([[-1.0, -200.0, -1.0]])
+    everything = torch.ones(1, 3, dtype=torch.bool)
+    assert_as_good_as_torch(torch.ones(1), *far, everything, estimator=estimator)
+
+
+def test_the_last_token_may_lie_in_an_earlier_block() -> None:
+    scores, logprobs, ref, mask = batch(1, MAX_BLOCK + 77)
+    mask[:, 40:] = False
+    assert_as_good_as_torch(scores, logprobs, ref, mask, estimator="k1")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_inputs(dtype: torch.dtype) -> None:
+    scores, logprobs, ref, mask = batch(3, 20)
+    assert_as_good_as_torch(scores.to(dtype).float(), logprobs.to(dtype), ref.to(dtype), mask,
+                            estimator="k3")
+
+
+def test_float64_is_refused() -> None:
+    scores, logprobs, ref, mask = batch(2, 3)
+    with pytest.raises(BackendUnavailableError, match="it computes in float32"):
+        shape_rewards(scores, logprobs.double(), ref, mask, kl_coef=0.1, backend="triton")
