@@ -21,7 +21,7 @@ from fastrl.checks import (
 from fastrl.errors import ShapeError
 
 # Order by measurement; no GPU result yet, so "auto" keeps the proven path.
-PREFERENCE = ("torch", "triton")
+PREFERENCE = ("torch", "triton", "cuda")
 
 
 @torch.no_grad()
@@ -143,5 +143,10 @@ def compute_gae(
 
         return gae.compute_gae(rewards, values, response_mask, gamma=gamma, lam=lam,
                                cu_seqlens=cu_seqlens)
+    if name == "cuda":
+        from fastrl_kernels.cuda import gae as cuda_gae
+
+        return cuda_gae.compute_gae(rewards, values, response_mask, gamma=gamma, lam=lam,
+                                    cu_seqlens=cu_seqlens)
     return compute_gae_reference(rewards, values, response_mask, gamma=gamma, lam=lam,
                                  cu_seqlens=cu_seqlens)

@@ -14,7 +14,7 @@ from fastrl.errors import ConfigError, ShapeError
 from fastrl.ops.kl import kl_estimate_reference
 
 # Order by measurement; no GPU result yet, so "auto" keeps the proven path.
-PREFERENCE = ("torch", "triton")
+PREFERENCE = ("torch", "triton", "cuda")
 ESTIMATORS = ("k1", "k2", "k3")
 
 
@@ -101,5 +101,10 @@ def shape_rewards(
 
         return rewards.shape_rewards(scores, logprobs, ref_logprobs, response_mask,
                                      kl_coef=kl_coef, estimator=estimator)
+    if name == "cuda":
+        from fastrl_kernels.cuda import rewards as cuda_rewards
+
+        return cuda_rewards.shape_rewards(scores, logprobs, ref_logprobs, response_mask,
+                                          kl_coef=kl_coef, estimator=estimator)
     return shape_rewards_reference(scores, logprobs, ref_logprobs, response_mask,
                                    kl_coef=kl_coef, estimator=estimator)
