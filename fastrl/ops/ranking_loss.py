@@ -22,7 +22,8 @@ from fastrl.checks import (
 )
 from fastrl.errors import ConfigError, ShapeError
 
-PREFERENCE = ("torch",)
+# Order by measurement; no GPU result yet, so "auto" keeps the proven path.
+PREFERENCE = ("torch", "triton")
 TIES = ("kept_pairs", "all_pairs")
 
 
@@ -158,5 +159,12 @@ def ranking_loss(
         (0.2201, 2.0, 3.0)
     """
     _check(scores, ranks, cu_groups, ties, denominator)
-    choose("ranking_loss", "ranking_loss", PREFERENCE, scores.device.type, scores.dtype, backend)
+    name = choose("ranking_loss", "ranking_loss", PREFERENCE, scores.device.type, scores.dtype,
+                  backend)
+    if name == "triton":
+        from fastrl_kernels.triton import ranking_loss as kernel
+
+        loss, sums = kernel.ranking_loss(scores, ranks, cu_groups, ties=ties,
+                                         denominator=denominator)
+        return loss, RankingStats(**sums)
     return ranking_loss_reference(scores, ranks, cu_groups, ties=ties, denominator=denominator)
