@@ -18,7 +18,8 @@ from fastrl.checks import (
 )
 from fastrl.errors import ShapeError
 
-PREFERENCE = ("torch",)
+# Order by measurement; no GPU result yet, so "auto" keeps the proven path.
+PREFERENCE = ("torch", "triton")
 
 
 def gather_logprobs_reference(
@@ -51,6 +52,7 @@ def gather_logprobs(
     token_ids: Tensor,
     *,
     temperature: float = 1.0,
+    overwrite_logits: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of one token per row, and the entropy of the row.
@@ -61,6 +63,8 @@ def gather_logprobs(
         logits: [M, V] float. Row m predicts token_ids[m]; columns may be -inf.
         token_ids: [M] int64.
         temperature: Divides the logits.
+        overwrite_logits: Nobody needs the logits any more: the backward pass may put their gradient
+            in their memory (triton does, where they are contiguous).
         backend: See fastrl.backends.
     Returns:
         logprobs, entropy: [M] float32 (float64 for float64) each, nats. Differentiable.
@@ -68,7 +72,8 @@ def gather_logprobs(
         ShapeError: when shapes, dtypes or devices do not fit together.
         ConfigError: when the temperature is not above 0.
         BackendUnavailableError: when a backend is named that cannot run.
-    Cost: reads the logits; keeps a float32 copy of them for the backward pass.
+    Cost: torch keeps a float32 copy of the logits for the backward pass; triton reads them once and
+        keeps two numbers per row.
     Source: Ouyang et al. 2022 (arXiv 2203.02155), as the log-probs of its eq. 2.
     Example:
         >>> logprobs, entropy = gather_logprobs(torch.zeros(1, 4), torch.tensor([2]))
@@ -76,5 +81,11 @@ def gather_logprobs(
         (-1.3863, 1.3863)
     """
     _check(logits, token_ids, temperature)
-    choose("gather_logprobs", "logprob", PREFERENCE, logits.device.type, logits.dtype, backend)
+    name = choose("gather_logprobs", "logprob", PREFERENCE, logits.device.type, logits.dtype,
+                  backend)
+    if name == "triton":
+        from fastrl_kernels.triton import logprob
+
+        return logprob.gather_logprobs(logits, token_ids, temperature=temperature,
+                                       overwrite_logits=overwrite_logits)
     return gather_logprobs_reference(logits, token_ids, temperature=temperature)
