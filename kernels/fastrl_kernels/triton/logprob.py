@@ -96,11 +96,11 @@ def write_gradient(  # type: ignore[no-untyped-def]
         columns = start + block
         z = load_scores(row_ptr, bias_ptr, columns, num_columns, stride_v, inverse_temperature,
                         HAS_BIAS)
-        logp = z - maximum - log_sum
-        p = tl.exp(logp)
+        logprob = z - maximum - log_sum
+        p = tl.exp(logprob)
         gradient = tl.where(columns == token, dlogprob, 0.0) - p * dlogprob
         if HAS_DENTROPY:
-            gradient -= dentropy * p * (tl.maximum(logp, NEGLIGIBLE) + entropy)
+            gradient -= dentropy * p * (tl.maximum(logprob, NEGLIGIBLE) + entropy)
         if IN_PLACE:
             tl.debug_barrier()
         tl.store(drow_ptr + columns.to(tl.int64) * stride_dv, gradient * scale,
@@ -152,19 +152,29 @@ def block_settings(num_columns: int) -> dict[str, int]:
     return {"BLOCK_V": block, "num_warps": 8 if block == MAX_BLOCK else 4}
 
 
+def new_rows(like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for log-probs, entropy, m and log s of the rows of `like`, [M] float32 each."""
+    shape, device = like.shape[:1], like.device
+    return (torch.empty(shape, dtype=torch.float32, device=device),
+            torch.empty(shape, dtype=torch.float32, device=device),
+            torch.empty(shape, dtype=torch.float32, device=device),
+            torch.empty(shape, dtype=torch.float32, device=device))
+
+
 def logprobs_fwd(
-    logits: Tensor, token_ids: Tensor, temperature: float, bias: Tensor | None = None
+    logits: Tensor, token_ids: Tensor, temperature: float, bias: Tensor | None = None,
+    out: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs, entropy, m and log s, [M] float32 each, in one launch."""
     M, V = logits.shape
-    rows = tuple(torch.empty(M, dtype=torch.float32, device=logits.device) for _ in range(4))
+    rows = new_rows(logits) if out is None else out
     if M > 0:
         _logprobs_fwd_kernel[(M,)](
             logits, logits if bias is None else bias.contiguous(), token_ids.contiguous(), *rows,
             V, logits.stride(0), logits.stride(1), 1 / temperature, HAS_BIAS=bias is not None,
             **block_settings(V),
         )
-    return rows[0], rows[1], rows[2], rows[3]
+    return rows
 
 
 def logprobs_bwd(
