@@ -1,0 +1,258 @@
+"""linear_policy_loss on a GPU: each chunk of logits becomes its own gradient in one launch.
+
+    z = (hidden @ weight.T + bias) / temperature        rho = exp(logprob(z) - old_logprob)
+    loss = sum_mask (max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) - entropy_coef H) / denominator
+
+Per chunk: logits by cuBLAS, one program per row that reduces the row, knows then the token's loss,
+statistics and derivatives, and walks the row again to overwrite it with its gradient, and the two
+products with hidden and weight, summed in float32. A masked row is not read, only zeroed. The
+gradient is written without 1 / (denominator temperature), which the backward pass applies: it stays
+near 1, where float16 has digits. Operations 6MDV; per logit 4 bytes written, 8 read, 2 written over
+them and 4 read by the products (half-precision operands, float32 logits). In memory: one chunk.
+Limits: float32, float16, bfloat16; differentiable once. Source: Schulman et al. 2017
+(arXiv 1707.06347), eq. 7; gradient in the forward after linkedin/Liger-Kernel (arXiv 2410.10989).
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastrl_kernels.triton.linear_logprob import (
+    Gradients,
+    add_head_gradients,
+    as_tensors,
+    chunk_slices,
+    gradient_view,
+    multiply,
+    new_chunk,
+    new_gradients,
+    same_dtype,
+)
+from fastrl_kernels.triton.logprob import (
+    MAX_BLOCK,
+    block_settings,
+    reduce_row,
+    supports,
+    token_score,
+    write_gradient,
+)
+
+__all__ = ["aot_cases", "linear_policy_loss", "supports"]
+NUM_STATS = 8
+"""count, loss, clipped, k2, k3, ratio, entropy: sums; |log_ratio|: the largest."""
+
+
+@triton.jit
+def _token_loss(  # type: ignore[no-untyped-def]
+    logprob, old_logprob, advantage, clip_range, max_log_ratio,
+):
+    """A token's log-ratios (exact and held), ratio, loss, whether clipped, and derivative.
+
+    Comparisons, not min and max, so that NaN stays NaN.
+    """
+    exact = logprob - old_logprob
+    log_ratio = tl.where(exact > max_log_ratio, max_log_ratio, exact)
+    log_ratio = tl.where(exact < -max_log_ratio, -max_log_ratio, log_ratio)
+    ratio = tl.exp(log_ratio)
+    held = tl.where(ratio > 1 + clip_range, 1 + clip_range, ratio)
+    held = tl.where(ratio < 1 - clip_range, 1 - clip_range, held)
+    unclipped = -advantage * ratio
+    clipped = -advantage * held
+    is_clipped = clipped > unclipped
+    loss = tl.where(is_clipped, clipped, unclipped)
+    is_cut = is_clipped | (tl.abs(exact) > max_log_ratio)
+    return exact, log_ratio, ratio, loss, is_clipped, tl.where(is_cut, 0.0, unclipped)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _policy_loss_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr, bias_ptr, token_ids_ptr, old_logprobs_ptr, advantages_ptr, mask_ptr, dlogits_ptr,
+    stats_ptr, num_columns, stride_logits_m, stride_dlogits_m, stride_stats_k,
+    inverse_temperature, clip_range, entropy_coef, max_log_ratio,
+    HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, WRITES_GRADIENT: tl.constexpr,
+    NUM_STATS: tl.constexpr, BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_logits_m
+    drow_ptr = dlogits_ptr + row * stride_dlogits_m
+    stats_ptr += row
+    stride = tl.zeros([], tl.int64) + stride_stats_k
+    if tl.load(mask_ptr + row) != 0:
+        maximum, log_sum, entropy = reduce_row(row_ptr, bias_ptr, num_columns, 1,
+                                               inverse_temperature, HAS_BIAS, BLOCK_V)
+        token = tl.load(token_ids_ptr + row)
+        z = token_score(row_ptr, bias_ptr, token, num_columns, 1, inverse_temperature, HAS_BIAS)
+        exact, log_ratio, ratio, loss, is_clipped, dlogprob = _token_loss(
+            z - maximum - log_sum, tl.load(old_logprobs_ptr + row).to(tl.float32),
+            tl.load(advantages_ptr + row).to(tl.float32), clip_range, max_log_ratio)
+        wide = log_ratio.to(tl.float64)  # exp(u) - 1 - u cancels for ratios near 1
+        tl.store(stats_ptr, 1.0)
+        tl.store(stats_ptr + stride, loss)
+        tl.store(stats_ptr + 2 * stride, is_clipped.to(tl.float64))
+        tl.store(stats_ptr + 3 * stride, 0.5 * wide * wide)
+        tl.store(stats_ptr + 4 * stride, tl.exp(wide) - 1.0 - wide)
+        tl.store(stats_ptr + 5 * stride, ratio)
+        tl.store(stats_ptr + 6 * stride, entropy)
+        tl.store(stats_ptr + 7 * stride, tl.abs(exact))
+        if WRITES_GRADIENT:
+            write_gradient(row_ptr, bias_ptr, drow_ptr, token, maximum, log_sum, entropy, dlogprob,
+                           -entropy_coef, 1.0, num_columns, 1, 1, inverse_temperature,
+                           HAS_BIAS, HAS_ENTROPY, True, BLOCK_V)
+    else:
+        for k in range(NUM_STATS):
+            tl.store(stats_ptr + k * stride, 0.0)
+        if WRITES_GRADIENT:
+            zeros = tl.zeros([BLOCK_V], tl.float32)
+            for start in range(0, num_columns, BLOCK_V):
+                columns = start + tl.arange(0, BLOCK_V)
+                tl.store(drow_ptr + columns, zeros, mask=columns < num_columns)
+
+
+def policy_loss_of_logits(
+    logits: Tensor, token_ids: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor,
+    stats: Tensor, bias: Tensor | None, gradient_dtype: torch.dtype | None, clip_range: float,
+    temperature: float, entropy_coef: float, max_log_ratio: float,
+) -> Tensor:
+    """Write the tokens' statistics to `stats` [8, m]; returns the gradient that overwrote `logits`.
+
+    The gradient is that of the sum of the losses by z. `logits` is contiguous; where
+    `gradient_dtype` is None they stay as they are and are returned.
+    """
+    dlogits = logits if gradient_dtype is None else gradient_view(logits, gradient_dtype)
+    _policy_loss_kernel[(len(logits),)](
+        logits, logits if bias is None else bias.contiguous(), token_ids.contiguous(),
+        old_logprobs.contiguous(), advantages.contiguous(), loss_mask.contiguous(), dlogits, stats,
+        logits.shape[1], logits.stride(0), dlogits.stride(0), stats.stride(0),
+        1 / temperature, clip_range, entropy_coef, max_log_ratio, HAS_BIAS=bias is not None,
+        HAS_ENTROPY=entropy_coef != 0, WRITES_GRADIENT=gradient_dtype is not None,
+        NUM_STATS=NUM_STATS, **block_settings(logits.shape[1]),
+    )
+    return dlogits
+
+
+def linear_policy_loss_fwd(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, old_logprobs: Tensor,
+    advantages: Tensor, loss_mask: Tensor, clip_range: float, temperature: float,
+    entropy_coef: float, max_log_ratio: float, chunk_tokens: int | None,
+    logits_dtype: torch.dtype, needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Gradients]:
+    """Statistics [8] float64 and the gradients that are needed, of the sum of the losses by z."""
+    gradients = new_gradients(hidden, weight, bias, needs)
+    hidden, weight = same_dtype(hidden, weight)
+    chunks = chunk_slices(len(hidden), logits_dtype.itemsize * len(weight), chunk_tokens)
+    buffer = new_chunk(hidden, weight, chunks, logits_dtype)
+    stats = torch.zeros(NUM_STATS, max(1, len(hidden)), dtype=torch.float64, device=hidden.device)
+    for rows in chunks:
+        # NaN in a masked hidden state would pass through a product with a gradient of 0.
+        kept = hidden[rows].masked_fill(~loss_mask[rows, None], 0.0)
+        logits = buffer[: rows.stop - rows.start]
+        multiply(kept, weight.T, logits)
+        dlogits = policy_loss_of_logits(
+            logits, token_ids[rows], old_logprobs[rows], advantages[rows], loss_mask[rows],
+            stats[:, rows], bias, hidden.dtype if any(needs) else None, clip_range, temperature,
+            entropy_coef, max_log_ratio)
+        add_head_gradients(dlogits, kept, weight, rows, gradients)
+    return torch.cat([stats[:-1].sum(dim=1), stats[-1:].amax(dim=1)]), gradients
+
+
+@torch.library.custom_op("fastrl_kernels::linear_policy_loss", mutates_args=())
+def _fwd_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, old_logprobs: Tensor,
+    advantages: Tensor, loss_mask: Tensor, clip_range: float, temperature: float,
+    entropy_coef: float, max_log_ratio: float, chunk_tokens: int | None,
+    logits_dtype: torch.dtype, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    stats, gradients = linear_policy_loss_fwd(
+        hidden, weight, bias, token_ids, old_logprobs, advantages, loss_mask, clip_range,
+        temperature, entropy_coef, max_log_ratio, chunk_tokens, logits_dtype,
+        (needs[0], needs[1], needs[2]))
+    return stats, *as_tensors(gradients, hidden)
+
+
+@_fwd_op.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+    needs = others[-1]
+    gradients = new_gradients(hidden, weight, bias, (needs[0], needs[1], needs[2]))
+    return hidden.new_empty(NUM_STATS, dtype=torch.float64), *as_tensors(gradients, hidden)
+
+
+class _KnownGradients(torch.autograd.Function):
+    """The loss as a function of hidden, weight and bias whose gradients are known but for a factor.
+
+    The factor meets them in the pass that rounds them to the inputs' type.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Tensor, factor: float, dhidden: Tensor | None, dweight: Tensor | None,
+        dbias: Tensor | None, *inputs: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(dhidden, dweight, dbias)
+        ctx.factor, ctx.dtypes = factor, [None if x is None else x.dtype for x in inputs]
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        factor = dloss * ctx.factor
+        return (None,) * 5 + tuple(
+            None if gradient is None
+            else torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+
+
+def linear_policy_loss(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, old_logprobs: Tensor, advantages: Tensor,
+    loss_mask: Tensor, *, bias: Tensor | None = None, denominator: float, clip_range: float = 0.2,
+    temperature: float = 1.0, entropy_coef: float = 0.0, max_log_ratio: float = 20.0,
+    chunk_tokens: int | None = None, logits_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """fastrl.ops.linear_policy_loss on this backend: the loss, and the statistics as [8] float64.
+
+    Args:
+        max_log_ratio: Where the log-ratio is held, in both directions.
+        logits_dtype: float32, or the type of hidden: half the bytes, logits rounded once.
+    """
+    inputs = (hidden, weight, bias)
+    is_recording = torch.is_grad_enabled()
+    needs: Any = tuple(is_recording and x is not None and x.requires_grad for x in inputs)
+    arguments: Any = (*(None if x is None else x.detach() for x in inputs), token_ids,
+                      old_logprobs.detach(), advantages.detach(), loss_mask, clip_range,
+                      temperature, entropy_coef, max_log_ratio, chunk_tokens, logits_dtype)
+    if torch.compiler.is_compiling():
+        stats, *made = _fwd_op(*arguments, list(needs))
+        dhidden, dweight, dbias = (gradient if is_needed else None
+                                   for gradient, is_needed in zip(made, needs, strict=True))
+        gradients: Gradients = dhidden, dweight, dbias
+    else:
+        arguments = (*arguments, needs)
+        stats, gradients = linear_policy_loss_fwd(*arguments)
+    loss = ((stats[1] - entropy_coef * stats[6]) / denominator).float()
+    if any(needs):
+        loss = _KnownGradients.apply(  # type: ignore[no-untyped-call]
+            loss, 1 / (denominator * temperature), *gradients, *inputs
+        )
+    return loss, stats
+
+
+def aot_cases() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
+    """(kernel, types of its arguments, constants): what is compiled ahead of time in the tests."""
+    types = {
+        "logits_ptr": "*fp32", "bias_ptr": "*fp32", "token_ids_ptr": "*i64",
+        "old_logprobs_ptr": "*fp32", "advantages_ptr": "*fp32", "mask_ptr": "*i1",
+        "dlogits_ptr": "*bf16", "stats_ptr": "*fp64", "num_columns": "i32",
+        "stride_logits_m": "i32", "stride_dlogits_m": "i32", "stride_stats_k": "i32",
+        "inverse_temperature": "fp32", "clip_range": "fp32", "entropy_coef": "fp32",
+        "max_log_ratio": "fp32",
+    }
+    return [
+        (_policy_loss_kernel, {**types, "logits_ptr": logits},
+         {"HAS_BIAS": False, "HAS_ENTROPY": has_entropy, "WRITES_GRADIENT": True,
+          "NUM_STATS": NUM_STATS, "BLOCK_V": MAX_BLOCK, "num_warps": 8})
+        for logits, has_entropy in (("*fp32", True), ("*fp32", False), ("*bf16", True))
+    ]
