@@ -10,13 +10,16 @@ the scan, which is not that of the loop over time. Source: Schulman et al. 2016 
 Blelloch 1990 for the scan.
 """
 
-import os
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastrl_kernels.triton.support import supports
+
+__all__ = ["aot_cases", "compute_gae", "supports"]
 
 MAX_BLOCK = 1024
 
@@ -122,15 +125,6 @@ def compute_gae(
 ) -> tuple[Tensor, Tensor]:
     """fastrl.ops.compute_gae on this backend."""
     return gae_fwd(rewards, values, response_mask, gamma, lam, cu_seqlens)[:2]
-
-
-def supports(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot run the op on such tensors; None where it can."""
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {device_type}"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"it computes in float32, the tensors are {str(dtype).removeprefix('torch.')}"
-    return None
 
 
 def aot_cases() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:

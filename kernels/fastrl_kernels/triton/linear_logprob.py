@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastrl_kernels.triton.logprob import logprobs_bwd, logprobs_fwd, new_rows, supports
+from fastrl_kernels.triton.logprob import logprobs_bwd, logprobs_fwd, new_rows
+from fastrl_kernels.triton.support import supports
 
 __all__ = ["linear_logprobs", "supports"]
 CHUNK_BYTES = 640 * 2**20

@@ -36,10 +36,10 @@ from fastrl_kernels.triton.logprob import (
     MAX_BLOCK,
     block_settings,
     reduce_row,
-    supports,
     token_score,
     write_gradient,
 )
+from fastrl_kernels.triton.support import supports
 
 __all__ = ["aot_cases", "linear_policy_loss", "supports"]
 NUM_STATS = 8

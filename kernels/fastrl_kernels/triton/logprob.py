@@ -10,7 +10,6 @@ keeps no copy of the logits. Limits: float32, float16, bfloat16; computed in flo
 Milakov & Gimelshein 2018 (arXiv 1805.02867) for the running sum.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -18,6 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fastrl_kernels.triton.support import supports
+
+__all__ = ["aot_cases", "gather_logprobs", "supports"]
 
 MAX_BLOCK = 4096
 NEGLIGIBLE = tl.constexpr(-1e4)
@@ -269,15 +272,6 @@ def gather_logprobs(
         logits, token_ids, temperature, overwrite_logits
     )
     return result
-
-
-def supports(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot run the op on such tensors; None where it can."""
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {device_type}"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"it computes in float32, the tensors are {str(dtype).removeprefix('torch.')}"
-    return None
 
 
 def aot_cases() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:

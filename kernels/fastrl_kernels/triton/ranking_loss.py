@@ -9,13 +9,16 @@ fixed order. Limits: float32, float16, bfloat16; computed in float32. Source: Ou
 (arXiv 2203.02155), eq. 1.
 """
 
-import os
 from typing import Any, Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastrl_kernels.triton.support import supports
+
+__all__ = ["aot_cases", "ranking_loss", "supports"]
 
 BLOCK_K = 16
 
@@ -112,15 +115,6 @@ def ranking_loss(
         scores, ranks, cu_groups, ties == "all_pairs", denominator)
     names = ("count", "ranking_loss", "correct", "correct_or_tied", "margin", "prompts")
     return loss, dict(zip(names, totals.unbind(), strict=True))
-
-
-def supports(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot run the op on such tensors; None where it can."""
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {device_type}"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"it computes in float32, the tensors are {str(dtype).removeprefix('torch.')}"
-    return None
 
 
 def aot_cases() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:

@@ -9,13 +9,16 @@ float32, float16, bfloat16; computed in float32; k3 is exp(u) - 1 - u, by its se
 Schulman 2020 for the estimators.
 """
 
-import os
 from typing import Any, Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastrl_kernels.triton.support import supports
+
+__all__ = ["aot_cases", "shape_rewards", "supports"]
 
 MAX_BLOCK = 1024
 ESTIMATORS = ("k1", "k2", "k3")
@@ -78,15 +81,6 @@ def shape_rewards(
             BLOCK_T=min(MAX_BLOCK, triton.next_power_of_2(max(num_tokens, 16))),
         )
     return rewards, kl
-
-
-def supports(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot run the op on such tensors; None where it can."""
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {device_type}"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"it computes in float32, the tensors are {str(dtype).removeprefix('torch.')}"
-    return None
 
 
 def aot_cases() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
