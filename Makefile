@@ -1,5 +1,6 @@
 # make demo   the whole pipeline on a model made on the spot, minutes on a CPU
 # make test   lint, types and tests
+# make aot    compile every specialisation of every Triton kernel, with registers and spills
 # Override: make test TORCH="torch==2.11.0" PYTHON=python3.12
 
 PYTHON ?= python3
@@ -13,13 +14,16 @@ RUN    := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 # One process per core, one thread each.
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint types install install-test clean
+.PHONY: demo test aot lint types install install-test clean
 
 demo: install
 	$(RUN) $(BIN)/fastrl demo
 
 test: lint types
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests
+
+aot: install-test
+	FASTRL_AOT=every $(BIN)/python -m pytest -n $(JOBS) -rP tests/kernels/test_aot.py
 
 lint: install-test
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""compute_gae's Triton kernel against the float64 reference; run by test_triton_small.py."""
+"""compute_gae's Triton kernel against the float64 reference; run by test_triton.py."""
 
 import pytest
 import torch

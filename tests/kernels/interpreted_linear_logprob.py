@@ -1,5 +1,5 @@
 """linear_logprobs with Triton kernels against the float64 reference; run by
-test_triton_logprob.py."""
+test_triton.py."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 """linear_policy_loss with its Triton kernel against the float64 reference; run by
-test_triton_logprob.py."""
+test_triton.py."""
 
 from dataclasses import fields
 

@@ -1,4 +1,4 @@
-"""gather_logprobs' Triton kernels against the float64 reference; run by test_triton_logprob.py."""
+"""gather_logprobs' Triton kernels against the float64 reference; run by test_triton.py."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""ranking_loss' Triton kernel against the float64 reference; run by test_triton_small.py."""
+"""ranking_loss' Triton kernel against the float64 reference; run by test_triton.py."""
 
 from dataclasses import fields
 

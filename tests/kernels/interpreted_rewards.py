@@ -1,4 +1,4 @@
-"""shape_rewards' Triton kernel against the float64 reference; run by test_triton_small.py."""
+"""shape_rewards' Triton kernel against the float64 reference; run by test_triton.py."""
 
 import pytest
 import torch

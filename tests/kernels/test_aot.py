@@ -1,4 +1,7 @@
-"""Every Triton kernel compiles for three generations of GPU without one, and spills nothing."""
+"""Every Triton kernel compiles for three generations of GPU without one, and spills nothing.
+
+One specialisation per kernel and type of tensor; with FASTRL_AOT=every (`make aot`) all of them.
+"""
 
 import importlib
 import json
@@ -17,8 +20,8 @@ ALLOWED_SPILLS: dict[tuple[str, int], int] = {}
 """(kernel, architecture) -> bytes of stack a thread may use, each with the reason beside it."""
 
 
-def compile_all(name: str) -> list[dict[str, object]]:
-    """Registers and stack of every case of one kernel file, from the finished machine code."""
+def compile_all(name: str, every: bool) -> list[dict[str, object]]:
+    """Registers and stack of the cases of one kernel file, from the finished machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -26,14 +29,15 @@ def compile_all(name: str) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for kernel, types, constants in importlib.import_module(
         f"fastrl_kernels.triton.{name}"
-    ).aot_cases():
+    ).aot_cases(every):
         options = {k: v for k, v in constants.items() if k in ("num_warps", "num_stages")}
         fixed = {k: v for k, v in constants.items() if k not in options}
         signature = {a: "constexpr" if a in fixed else types[a] for a in kernel.arg_names}
         for arch in ARCHITECTURES:
             source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
             compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-            rows.append({"kernel": compiled.metadata.name, "arch": arch,
+            rows.append({"kernel": compiled.metadata.name, "arch": arch, "constants": fixed,
+                         "pointers": sorted({v for v in signature.values() if v[0] == "*"}),
                          **resources(compiled.asm["cubin"])})
     return rows
 
@@ -65,11 +69,16 @@ def test_compiles_and_spills_nothing(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     rows = json.loads(done.stdout.splitlines()[-1])
     assert {row["arch"] for row in rows} == set(ARCHITECTURES)
+    for kernel in {row["kernel"] for row in rows}:
+        pointers = {p for row in rows if row["kernel"] == kernel for p in row["pointers"]}
+        assert {"*fp32", "*fp16", "*bf16"} <= pointers, f"{kernel}: not every dtype"
     for row in rows:
+        print(name, row)
         allowed = ALLOWED_SPILLS.get((row["kernel"], row["arch"]), 0)
         assert row["stack_bytes"] + row["local_bytes"] <= allowed, f"spills: {row}"
         assert 0 < row["registers"] <= 255, row
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(compile_all(sys.argv[1])) + "\n")
+    every = os.environ.get("FASTRL_AOT") == "every"
+    sys.stdout.write(json.dumps(compile_all(sys.argv[1], every)) + "\n")

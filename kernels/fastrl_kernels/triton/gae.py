@@ -10,14 +10,14 @@ the scan, which is not that of the loop over time. Source: Schulman et al. 2016 
 Blelloch 1990 for the scan.
 """
 
-from typing import Any
+import itertools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl_kernels.triton.support import supports
+from fastrl_kernels.triton.support import DTYPES, AotCase, supports
 
 __all__ = ["aot_cases", "compute_gae", "supports"]
 
@@ -127,17 +127,19 @@ def compute_gae(
     return gae_fwd(rewards, values, response_mask, gamma, lam, cu_seqlens)[:2]
 
 
-def aot_cases() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """(kernel, types of its arguments, constants): what is compiled ahead of time in the tests."""
+def aot_cases(every: bool = False) -> list[AotCase]:
+    """See fastrl_kernels.triton.support."""
     types = {
-        "rewards_ptr": "*fp32", "values_ptr": "*fp32", "mask_ptr": "*i1", "cu_seqlens_ptr": "*i64",
+        "mask_ptr": "*i1", "cu_seqlens_ptr": "*i64",
         "advantages_ptr": "*fp32", "returns_ptr": "*fp32", "moments_ptr": "*fp32",
         "num_tokens": "i32", "gamma": "fp32", "lam": "fp32",
         "stride_rewards_b": "i32", "stride_rewards_t": "i32", "stride_values_b": "i32",
         "stride_values_t": "i32", "stride_mask_b": "i32", "stride_mask_t": "i32",
     }
+    variants = itertools.product((True, False), (False, True)) if every else [(True, False)]
+    blocks = (MAX_BLOCK, 16) if every else (MAX_BLOCK,)
     return [
-        (_gae_fwd_kernel, types,
-         {"HAS_MASK": True, "IS_PACKED": is_packed, "BLOCK_T": MAX_BLOCK})
-        for is_packed in (False, True)
+        (_gae_fwd_kernel, {**types, "rewards_ptr": f"*{dtype}", "values_ptr": "*fp32"},
+         {"HAS_MASK": has_mask, "IS_PACKED": is_packed, "BLOCK_T": block})
+        for (has_mask, is_packed), block, dtype in itertools.product(variants, blocks, DTYPES)
     ]

@@ -13,6 +13,7 @@ Limits: float32, float16, bfloat16; differentiable once. Source: Schulman et al.
 (arXiv 1707.06347), eq. 7; gradient in the forward after linkedin/Liger-Kernel (arXiv 2410.10989).
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from fastrl_kernels.triton.logprob import (
     token_score,
     write_gradient,
 )
-from fastrl_kernels.triton.support import supports
+from fastrl_kernels.triton.support import DTYPES, AotCase, supports
 
 __all__ = ["aot_cases", "linear_policy_loss", "supports"]
 NUM_STATS = 8
@@ -240,19 +241,24 @@ def linear_policy_loss(
     return loss, stats
 
 
-def aot_cases() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """(kernel, types of its arguments, constants): what is compiled ahead of time in the tests."""
+def aot_cases(every: bool = False) -> list[AotCase]:
+    """See fastrl_kernels.triton.support."""
     types = {
-        "logits_ptr": "*fp32", "bias_ptr": "*fp32", "token_ids_ptr": "*i64",
+        "bias_ptr": "*fp32", "token_ids_ptr": "*i64",
         "old_logprobs_ptr": "*fp32", "advantages_ptr": "*fp32", "mask_ptr": "*i1",
-        "dlogits_ptr": "*bf16", "stats_ptr": "*fp64", "num_columns": "i32",
+        "stats_ptr": "*fp64", "num_columns": "i32",
         "stride_logits_m": "i32", "stride_dlogits_m": "i32", "stride_stats_k": "i32",
         "inverse_temperature": "fp32", "clip_range": "fp32", "entropy_coef": "fp32",
         "max_log_ratio": "fp32",
     }
+    flags = (True, False) if every else (True,)
+    pairs = [("fp32", dtype) for dtype in DTYPES]  # of the logits and of their gradient
+    pairs += [(dtype, dtype) for dtype in ("fp16", "bf16")] if every else []
     return [
-        (_policy_loss_kernel, {**types, "logits_ptr": logits},
-         {"HAS_BIAS": False, "HAS_ENTROPY": has_entropy, "WRITES_GRADIENT": True,
+        (_policy_loss_kernel,
+         {**types, "logits_ptr": f"*{logits}", "dlogits_ptr": f"*{dlogits}"},
+         {"HAS_BIAS": has_bias, "HAS_ENTROPY": has_entropy, "WRITES_GRADIENT": writes_gradient,
           "NUM_STATS": NUM_STATS, "BLOCK_V": MAX_BLOCK, "num_warps": 8})
-        for logits, has_entropy in (("*fp32", True), ("*fp32", False), ("*bf16", True))
+        for (logits, dlogits), has_bias, has_entropy, writes_gradient in itertools.product(
+            pairs, flags, flags, flags)
     ]

@@ -10,6 +10,7 @@ keeps no copy of the logits. Limits: float32, float16, bfloat16; computed in flo
 Milakov & Gimelshein 2018 (arXiv 1805.02867) for the running sum.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastrl_kernels.triton.support import supports
+from fastrl_kernels.triton.support import DTYPES, AotCase, supports
 
 __all__ = ["aot_cases", "gather_logprobs", "supports"]
 
@@ -274,8 +275,8 @@ def gather_logprobs(
     return result
 
 
-def aot_cases() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """(kernel, types of its arguments, constants): what is compiled ahead of time in the tests."""
+def aot_cases(every: bool = False) -> list[AotCase]:
+    """See fastrl_kernels.triton.support."""
     constants = {"stride_logits_v": 1, "BLOCK_V": MAX_BLOCK, "num_warps": 8}
     types = {
         "bias_ptr": "*fp32", "token_ids_ptr": "*i64", "logprobs_ptr": "*fp32",
@@ -283,11 +284,20 @@ def aot_cases() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
         "dlogprobs_ptr": "*fp32", "dentropy_ptr": "*fp32", "num_columns": "i32",
         "stride_logits_m": "i32", "stride_dlogits_m": "i32", "inverse_temperature": "fp32",
     }
-    return [
-        (_logprobs_fwd_kernel, {**types, "logits_ptr": "*bf16"}, {**constants, "HAS_BIAS": False}),
-        (_logprobs_fwd_kernel, {**types, "logits_ptr": "*fp32"}, {**constants, "HAS_BIAS": True}),
-        *((_logprobs_bwd_kernel, {**types, "logits_ptr": logits, "dlogits_ptr": "*bf16"},
-           {**constants, "stride_dlogits_v": 1, "HAS_BIAS": in_place, "HAS_DENTROPY": True,
-            "IN_PLACE": in_place})
-          for logits, in_place in (("*bf16", False), ("*fp32", True))),
+    forward = [
+        (_logprobs_fwd_kernel, {**types, "logits_ptr": f"*{dtype}"},
+         {**constants, "HAS_BIAS": has_bias})
+        for has_bias, dtype in itertools.product((True, False) if every else (True,), DTYPES)
     ]
+    flags = (True, False) if every else (True,)
+    backward = [
+        (_logprobs_bwd_kernel,
+         {**types, "logits_ptr": f"*{logits}", "dlogits_ptr": f"*{dlogits}"},
+         {**constants, "stride_dlogits_v": 1, "HAS_BIAS": has_bias, "HAS_DENTROPY": has_dentropy,
+          "IN_PLACE": in_place})
+        # Either the gradient has the type of the logits, or it lies over float32 ones.
+        for (logits, dlogits, in_place), has_bias, has_dentropy in itertools.product(
+            [*((dtype, dtype, False) for dtype in DTYPES), *(("fp32", d, True) for d in DTYPES)],
+            flags, flags)
+    ]
+    return forward + backward

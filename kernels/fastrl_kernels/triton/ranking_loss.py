@@ -9,6 +9,7 @@ fixed order. Limits: float32, float16, bfloat16; computed in float32. Source: Ou
 (arXiv 2203.02155), eq. 1.
 """
 
+import itertools
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl_kernels.triton.support import supports
+from fastrl_kernels.triton.support import DTYPES, AotCase, supports
 
 __all__ = ["aot_cases", "ranking_loss", "supports"]
 
@@ -117,9 +118,13 @@ def ranking_loss(
     return loss, dict(zip(names, totals.unbind(), strict=True))
 
 
-def aot_cases() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """(kernel, types of its arguments, constants): what is compiled ahead of time in the tests."""
-    types = {"scores_ptr": "*fp32", "ranks_ptr": "*i64", "cu_groups_ptr": "*i64",
+def aot_cases(every: bool = False) -> list[AotCase]:
+    """See fastrl_kernels.triton.support."""
+    types = {"ranks_ptr": "*i64", "cu_groups_ptr": "*i64",
              "dscores_ptr": "*fp32", "sums_ptr": "*fp32", "stride_scores": "i32",
              "stride_ranks": "i32"}
-    return [(_ranking_loss_fwd_kernel, types, {"ALL_PAIRS": False, "BLOCK_K": BLOCK_K})]
+    return [
+        (_ranking_loss_fwd_kernel, {**types, "scores_ptr": f"*{dtype}"},
+         {"ALL_PAIRS": all_pairs, "BLOCK_K": BLOCK_K})
+        for all_pairs, dtype in itertools.product((False, True) if every else (False,), DTYPES)
+    ]

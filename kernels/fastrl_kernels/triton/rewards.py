@@ -9,14 +9,15 @@ float32, float16, bfloat16; computed in float32; k3 is exp(u) - 1 - u, by its se
 Schulman 2020 for the estimators.
 """
 
-from typing import Any, Literal
+import itertools
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrl_kernels.triton.support import supports
+from fastrl_kernels.triton.support import DTYPES, AotCase, supports
 
 __all__ = ["aot_cases", "shape_rewards", "supports"]
 
@@ -83,13 +84,19 @@ def shape_rewards(
     return rewards, kl
 
 
-def aot_cases() -> list[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """(kernel, types of its arguments, constants): what is compiled ahead of time in the tests."""
+def aot_cases(every: bool = False) -> list[AotCase]:
+    """See fastrl_kernels.triton.support."""
     types = {
-        "scores_ptr": "*fp32", "logprobs_ptr": "*fp32", "ref_logprobs_ptr": "*fp32",
-        "mask_ptr": "*i1", "rewards_ptr": "*fp32", "kl_ptr": "*fp32", "num_tokens": "i32",
-        "kl_coef": "fp32", "stride_scores_b": "i32", "stride_logprobs_b": "i32",
-        "stride_logprobs_t": "i32", "stride_ref_b": "i32", "stride_ref_t": "i32",
-        "stride_mask_b": "i32", "stride_mask_t": "i32",
+        "scores_ptr": "*fp32", "mask_ptr": "*i1", "rewards_ptr": "*fp32", "kl_ptr": "*fp32",
+        "num_tokens": "i32", "kl_coef": "fp32", "stride_scores_b": "i32",
+        "stride_logprobs_b": "i32", "stride_logprobs_t": "i32", "stride_ref_b": "i32",
+        "stride_ref_t": "i32", "stride_mask_b": "i32", "stride_mask_t": "i32",
     }
-    return [(_shape_rewards_fwd_kernel, types, {"ESTIMATOR": 2, "BLOCK_T": MAX_BLOCK})]
+    blocks = (MAX_BLOCK, 16) if every else (MAX_BLOCK,)
+    estimators = (1, 2, 3) if every else (3,)
+    return [
+        (_shape_rewards_fwd_kernel,
+         {**types, "logprobs_ptr": f"*{dtype}", "ref_logprobs_ptr": f"*{dtype}"},
+         {"ESTIMATOR": estimator, "BLOCK_T": block})
+        for estimator, block, dtype in itertools.product(estimators, blocks, DTYPES)
+    ]

@@ -1,8 +1,18 @@
-"""Which tensors the Triton kernels take: the same answer for every op."""
+"""What every Triton kernel file shares: which tensors it takes, and what is compiled without a GPU.
+
+`aot_cases(every)` of a kernel file lists specialisations for compilation ahead of time: one per
+kernel and type of tensor, or, with `every`, all that the launchers can ask for.
+"""
 
 import os
+from typing import Any
 
 import torch
+
+AotCase = tuple[Any, dict[str, str], dict[str, Any]]
+"""(kernel, Triton type of each argument, constants and launch options)."""
+DTYPES = ("fp32", "fp16", "bf16")
+"""Triton's names of the types that the kernels take."""
 
 
 def supports(device_type: str, dtype: torch.dtype) -> str | None:
