@@ -10,7 +10,7 @@ from fastrl.backends import choose
 from fastrl.checks import check_float, check_mask, check_shape, check_values, wide_dtype
 
 # Order by measurement; no GPU result yet, so "auto" keeps the proven path.
-PREFERENCE = ("torch", "cuda")
+PREFERENCE = ("torch", "triton", "cuda")
 MAX_EXPONENT = 20.0
 """exp is applied to at most this; beyond it the estimate is meaningless but must stay finite."""
 
@@ -58,7 +58,7 @@ def kl_estimate(
         backend: See fastrl.backends.
     Returns:
         k1, k2, k3: [...] float32 (float64 for float64) each, 0 where the mask is False.
-        Differentiable. In k3, u is held at 20 so that the exponential stays finite.
+        Differentiable (triton: once). In k3, u is held at 20 so that the exponential stays finite.
     Raises:
         ShapeError: when shapes differ or dtypes do not fit.
         BackendUnavailableError: when a backend is named that cannot run.
@@ -72,6 +72,10 @@ def kl_estimate(
     _check(logprobs, ref_logprobs, mask)
     dtype = torch.promote_types(logprobs.dtype, ref_logprobs.dtype)
     name = choose("kl_estimate", "kl", PREFERENCE, logprobs.device.type, dtype, backend)
+    if name == "triton":
+        from fastrl_kernels.triton import kl
+
+        return kl.kl_estimate(logprobs, ref_logprobs, mask)
     if name == "cuda":
         from fastrl_kernels.cuda import kl as cuda_kl
 

@@ -198,9 +198,10 @@ class PPOTrainer:
         warn_if_none_stopped(self.iteration, rollout, config)
         scores = adjust_scores(raw_scores, rollout.finish_reasons, clip=config.reward_clip,
                                missing_eos_penalty=config.missing_eos_penalty)
-        rewards, _ = shape_rewards(scores, old_logprobs, ref_logprobs, rollout.response_mask,
-                                   kl_coef=self.kl_controller.kl_coef,
-                                   estimator=config.kl_estimator)
+        rewards, kl_estimates = shape_rewards(
+            scores, old_logprobs, ref_logprobs, rollout.response_mask,
+            kl_coef=self.kl_controller.kl_coef, estimator=config.kl_estimator,
+            return_estimates=True)
 
         # advantages
         advantages, returns = gae(
@@ -211,8 +212,9 @@ class PPOTrainer:
         # update
         batch = PPOBatch(
             rollout=rollout, sequences=unpack_sequences(rollout), old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs, values=values, raw_scores=raw_scores, scores=scores,
-            rewards=rewards, advantages=advantages, returns=returns,
+            ref_logprobs=ref_logprobs, kl_estimates=kl_estimates, values=values,
+            raw_scores=raw_scores, scores=scores, rewards=rewards, advantages=advantages,
+            returns=returns,
         )
         metrics = batch_metrics(batch) | gap_metrics | self._coefficient_metrics(raw_scores)
         with timer.phase("update"):

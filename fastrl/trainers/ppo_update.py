@@ -38,6 +38,8 @@ class PPOBatch:
     """[B, T], of the policy that the update starts from."""
     ref_logprobs: Tensor
     """[B, T], of the frozen reference."""
+    kl_estimates: tuple[Tensor, Tensor, Tensor]
+    """k1, k2, k3, [B, T] each, of KL(policy || reference)."""
     values: Tensor
     """[B, T], of the critic, before each response token."""
     raw_scores: Tensor
@@ -203,10 +205,10 @@ def initial_critic(
 
 
 def response_metrics(
-    rollout: Rollout, logprobs: Tensor, ref_logprobs: Tensor, raw_scores: Tensor
+    rollout: Rollout, kl_estimates: tuple[Tensor, Tensor, Tensor], raw_scores: Tensor
 ) -> dict[str, float]:
     """What a set of responses looks like, in training and in evaluation."""
-    k1, _, k3 = kl_estimate(logprobs, ref_logprobs, rollout.response_mask)
+    k1, _, k3 = kl_estimates
     stopped = [reason == "stop" for reason in rollout.finish_reasons]
     return {
         "reward/score_mean": float(raw_scores.mean()),
@@ -225,8 +227,7 @@ def batch_metrics(batch: PPOBatch) -> dict[str, float]:
     residuals = returns - batch.values[mask].double()  # the advantages before whitening
     variance = float(returns.var(correction=0))
     return {
-        **response_metrics(batch.rollout, batch.old_logprobs, batch.ref_logprobs,
-                           batch.raw_scores),
+        **response_metrics(batch.rollout, batch.kl_estimates, batch.raw_scores),
         "reward/used_score_mean": float(batch.scores.mean()),
         "reward/total_mean": float(batch.rewards.sum(dim=1).mean()),
         "value/mean": float(masked_mean(batch.values, mask)),
@@ -246,7 +247,8 @@ def eval_metrics(
 
     beta is that of the config also when a controller moves it, so that evaluations compare.
     """
-    metrics = response_metrics(rollout, rollout.rollout_logprobs, ref_logprobs, raw_scores)
+    estimates = kl_estimate(rollout.rollout_logprobs, ref_logprobs, rollout.response_mask)
+    metrics = response_metrics(rollout, estimates, raw_scores)
     scores = adjust_scores(raw_scores, rollout.finish_reasons, clip=config.reward_clip,
                            missing_eos_penalty=config.missing_eos_penalty)
     objective = float(scores.mean()) - config.kl_coef * metrics["kl/policy_ref"]

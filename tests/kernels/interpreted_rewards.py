@@ -21,12 +21,17 @@ def batch(B: int, T: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.randn(B), logprobs, ref, mask
 
 
-def assert_as_good_as_torch(*inputs: Tensor, estimator: str) -> None:
-    settings = {"kl_coef": 0.3, "estimator": estimator}
+def run(function, *inputs: Tensor, **settings) -> list[Tensor]:
+    """Rewards and the estimate, or with return_estimates all three."""
+    rewards, kl = function(*inputs, kl_coef=0.3, **settings)
+    return [rewards, *(kl if isinstance(kl, tuple) else (kl,))]
+
+
+def assert_as_good_as_torch(*inputs: Tensor, **settings) -> None:
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
-    truths = shape_rewards_reference(*wide, **settings)
-    plain = shape_rewards_reference(*inputs, **settings)
-    ours = shape_rewards(*inputs, backend="triton", **settings)
+    truths = run(shape_rewards_reference, *wide, **settings)
+    plain = run(shape_rewards_reference, *inputs, **settings)
+    ours = run(shape_rewards, *inputs, backend="triton", **settings)
     for truth, torch_result, result in zip(truths, plain, ours, strict=True):
         assert result.shape == truth.shape and result.dtype == torch.float32
         error = (result - truth).abs().max()
@@ -55,6 +60,23 @@ def test_the_last_token_may_lie_in_an_earlier_block() -> None:
     scores, logprobs, ref, mask = batch(1, MAX_BLOCK + 77)
     mask[:, 40:] = False
     assert_as_good_as_torch(scores, logprobs, ref, mask, estimator="k1")
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_all_estimates_in_the_same_launch(estimator: str) -> None:
+    inputs = batch(3, MAX_BLOCK + 77)
+    assert_as_good_as_torch(*inputs, estimator=estimator, return_estimates=True)
+    every = run(shape_rewards, *inputs, backend="triton", estimator=estimator,
+                return_estimates=True)
+    one = run(shape_rewards, *inputs, backend="triton", estimator=estimator)
+    assert torch.equal(every[0], one[0])
+    assert torch.equal(every[1 + ESTIMATORS.index(estimator)], one[1])
+
+
+def test_nan_in_a_token_that_counts_is_not_hidden() -> None:
+    inputs = torch.ones(1), torch.tensor([[torch.nan]]), torch.ones(1, 1), torch.tensor([[True]])
+    assert all(x.isnan().all() for x in run(shape_rewards, *inputs, backend="triton",
+                                            return_estimates=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

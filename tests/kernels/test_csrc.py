@@ -113,11 +113,11 @@ def test_a_compiled_graph_knows_the_shapes() -> None:
         packed = torch.ops.fastrl_cuda.compute_gae(values[0], values[0], None, offsets, 1.0, 0.95)
         estimates = torch.ops.fastrl_cuda.kl_estimates(values, values, None)
         shaped = torch.ops.fastrl_cuda.shaped_rewards(values[:, 0], values, values, values > 0,
-                                                      0.1, 1)
+                                                      0.1, 1, 3)
     assert [(list(x.shape), x.dtype) for x in padded] == [
         ([3, 5], torch.float32), ([3, 5], torch.float32), ([3, 3], torch.float64)]
     assert [list(x.shape) for x in packed] == [[5], [5], [2, 3]]
-    assert [list(x.shape) for x in (*estimates, *shaped)] == [[3, 5]] * 5
+    assert [list(x.shape) for x in (*estimates, *shaped)] == [[3, 5]] * 4 + [[3, 3, 5]]
 
 
 @pytest.fixture(scope="module")

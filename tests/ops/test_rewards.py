@@ -9,7 +9,7 @@ from fastrl.errors import ConfigError, ShapeError
 from fastrl.ops import shape_rewards
 
 
-def golden_call(golden: SimpleNamespace, **options: str) -> tuple[torch.Tensor, torch.Tensor]:
+def golden_call(golden: SimpleNamespace, **options) -> tuple:
     logprobs = torch.tensor([golden.SHAPING_LOGPROBS], dtype=torch.float64)
     ref_logprobs = torch.tensor([golden.SHAPING_REF_LOGPROBS], dtype=torch.float64)
     scores = torch.tensor([golden.SHAPING_SCORE], dtype=torch.float64)
@@ -31,6 +31,16 @@ def test_the_estimator_is_an_option(golden: SimpleNamespace, estimator: str) -> 
     torch.testing.assert_close(kl, expected, rtol=0, atol=6e-9)
     scores = torch.tensor([[0.0, 0.0, 0.7]], dtype=torch.float64)
     torch.testing.assert_close(rewards, scores - 0.02 * expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_all_estimates_with_the_rewards(golden: SimpleNamespace, estimator: str) -> None:
+    rewards, estimates = golden_call(golden, estimator=estimator, return_estimates=True)
+    assert torch.equal(rewards, golden_call(golden, estimator=estimator)[0])
+    expected = (golden.SHAPING_K1, golden.SHAPING_K2, golden.SHAPING_K3)
+    for got, numbers in zip(estimates, expected, strict=True):
+        torch.testing.assert_close(got, torch.tensor([numbers], dtype=torch.float64), rtol=0,
+                                   atol=6e-9)
 
 
 def test_the_score_goes_to_the_last_true_position() -> None:

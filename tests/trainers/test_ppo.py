@@ -196,8 +196,9 @@ def test_metrics_of_a_batch(task: SimpleNamespace) -> None:
         finish_reasons=("length", "stop"))
     metrics = batch_metrics(dataclasses.replace(
         batch, rollout=rollout,
-        old_logprobs=torch.tensor([[-1.0, -2.0], [-0.5, 0.0]]),
-        ref_logprobs=torch.tensor([[-1.2, -1.9], [-0.9, 0.0]]),
+        # Of log-probs -1, -2, -.5 and the reference's -1.2, -1.9, -.9.
+        kl_estimates=(torch.tensor([[0.2, -0.1], [0.4, 0.0]]), torch.zeros(2, 2),
+                      torch.tensor([[0.01873075, 0.00517092], [0.07032005, 0.0]])),
         values=torch.tensor([[1.0, 2.0], [3.0, 0.0]]),
         returns=torch.tensor([[1.0, 4.0], [4.0, 0.0]]),
         rewards=torch.tensor([[0.1, 0.5], [-0.2, 0.0]]),
