@@ -107,6 +107,63 @@ void run_shape_rewards(const Tensor scores, const Tensor logprobs, const Tensor 
         on_stream(logprobs, stream)));
 }
 
+LogitRows rows_of(const char* op, const Tensor& logits) {
+    require(logits.dim() == 2, op, "logits", "[M, V]");
+    const ScalarType dtype = logits.scalar_type();
+    require(dtype == ScalarType::Float || dtype == ScalarType::Half ||
+                dtype == ScalarType::BFloat16, op, "logits", "float32, float16 or bfloat16");
+    require(logits.size(0) < (int64_t{1} << 31), op, "M", "below 2^31");
+    require(logits.size(1) > 0 && logits.size(1) < (int64_t{1} << 30), op, "V", "from 1 to 2^30");
+    const FloatType type = dtype == ScalarType::Float  ? FloatType::float32
+                           : dtype == ScalarType::Half ? FloatType::float16
+                                                       : FloatType::bfloat16;
+    return {logit_rows(op, "logits", logits, logits), type, logits.size(0),
+            static_cast<int>(logits.size(1)), logits.stride(0)};
+}
+
+// One float32 per row of the logits.
+float* per_row(const char* op, const char* name, const Tensor& tensor, const Tensor& logits) {
+    return static_cast<float*>(
+        data(op, name, tensor, ScalarType::Float, logits.size(0), logits));
+}
+
+const int64_t* tokens(const char* op, const Tensor& token_ids, const Tensor& logits) {
+    return static_cast<const int64_t*>(
+        data(op, "token_ids", token_ids, ScalarType::Long, logits.size(0), logits));
+}
+
+void run_gather_logprobs(const Tensor logits, const Tensor token_ids, double temperature,
+                         const Tensor logprobs, const Tensor entropy, const Tensor maximum,
+                         const Tensor log_sum, int64_t stream) {
+    const char* op = "gather_logprobs";
+    const LogitRows rows = rows_of(op, logits);
+    const DeviceGuard guard(logits.get_device_index());
+    finish(op, gather_logprobs(rows, tokens(op, token_ids, logits),
+                               static_cast<float>(1.0 / temperature),
+                               per_row(op, "logprobs", logprobs, logits),
+                               per_row(op, "entropy", entropy, logits),
+                               per_row(op, "maximum", maximum, logits),
+                               per_row(op, "log_sum", log_sum, logits),
+                               on_stream(logits, stream)));
+}
+
+void run_gather_logprobs_gradient(const Tensor logits, const Tensor token_ids,
+                                  const Tensor entropy, const Tensor maximum,
+                                  const Tensor log_sum, const Tensor dlogprobs,
+                                  const std::optional<Tensor> dentropy, double temperature,
+                                  const Tensor gradient, int64_t stream) {
+    const char* op = "gather_logprobs_gradient";
+    const LogitRows rows = rows_of(op, logits);
+    const DeviceGuard guard(logits.get_device_index());
+    finish(op, gather_logprobs_gradient(
+        rows, tokens(op, token_ids, logits), per_row(op, "entropy", entropy, logits),
+        per_row(op, "maximum", maximum, logits), per_row(op, "log_sum", log_sum, logits),
+        per_row(op, "dlogprobs", dlogprobs, logits),
+        dentropy.has_value() ? per_row(op, "dentropy", *dentropy, logits) : nullptr,
+        static_cast<float>(1.0 / temperature), logit_rows(op, "gradient", gradient, logits),
+        gradient.stride(0), on_stream(logits, stream)));
+}
+
 }  // namespace
 }  // namespace fastrl
 
@@ -121,6 +178,12 @@ STABLE_TORCH_LIBRARY(fastrl_cuda, m) {
     m.def("shape_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask, "
           "float kl_coef, int estimator, Tensor(a!) rewards, Tensor(b!)? k1, Tensor(c!)? k2, "
           "Tensor(d!)? k3, int stream) -> ()");
+    m.def("gather_logprobs(Tensor logits, Tensor token_ids, float temperature, "
+          "Tensor(a!) logprobs, Tensor(b!) entropy, Tensor(c!) maximum, Tensor(d!) log_sum, "
+          "int stream) -> ()");
+    m.def("gather_logprobs_gradient(Tensor logits, Tensor token_ids, Tensor entropy, "
+          "Tensor maximum, Tensor log_sum, Tensor dlogprobs, Tensor? dentropy, "
+          "float temperature, Tensor(a!) gradient, int stream) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrl_cuda, CUDA, m) {
@@ -128,6 +191,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastrl_cuda, CUDA, m) {
     m.impl("kl_estimate", TORCH_BOX(&fastrl::run_kl_estimate));
     m.impl("kl_gradient", TORCH_BOX(&fastrl::run_kl_gradient));
     m.impl("shape_rewards", TORCH_BOX(&fastrl::run_shape_rewards));
+    m.impl("gather_logprobs", TORCH_BOX(&fastrl::run_gather_logprobs));
+    m.impl("gather_logprobs_gradient", TORCH_BOX(&fastrl::run_gather_logprobs_gradient));
 }
 
 // `import fastrl_kernels._C` loads the library, whose static objects register the ops.

@@ -33,4 +33,17 @@ inline void* data(const char* op, const char* name, const std::optional<Tensor>&
     return tensor.has_value() ? data(op, name, *tensor, dtype, numel, like) : nullptr;
 }
 
+// The logits [M, V] of an op, or what has their shape and type.
+inline void* logit_rows(const char* op, const char* name, const Tensor& tensor,
+                        const Tensor& like) {
+    require(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), op, name,
+            "on the GPU of the first argument; move it with .to(device)");
+    require(tensor.dim() == 2 && tensor.size(0) == like.size(0) && tensor.size(1) == like.size(1),
+            op, name, "[M, V]");
+    require(tensor.scalar_type() == like.scalar_type(), op, name, "of the dtype of the logits");
+    require(tensor.size(1) <= 1 || tensor.stride(1) == 1, op, name,
+            "with neighbours in a row side by side; call .contiguous()");
+    return tensor.data_ptr();
+}
+
 }  // namespace fastrl

@@ -11,6 +11,17 @@ struct Launch {
     void* stream;
 };
 
+enum class FloatType { float32, float16, bfloat16 };
+
+// Logits [num_rows, num_columns]; neighbours in a row are neighbours in memory.
+struct LogitRows {
+    const void* data;
+    FloatType type;
+    int64_t num_rows;
+    int num_columns;
+    int64_t stride;
+};
+
 // Padded: cu_seqlens null, rows of row_length. Packed: cu_seqlens [num_rows + 1].
 // mask and row_stats may be null; row_stats [num_rows, 3] gets count, sum and sum of squares of
 // the advantages.
@@ -31,5 +42,17 @@ const char* shape_rewards(const float* scores, const float* logprobs, const floa
                           const bool* mask, int64_t num_rows, int64_t row_length, float kl_coef,
                           int estimator, float* rewards, float* k1, float* k2, float* k3,
                           Launch launch);
+
+// maximum and log_sum are those of logits / temperature, for the gradient.
+const char* gather_logprobs(const LogitRows& logits, const int64_t* token_ids,
+                            float inverse_temperature, float* logprobs, float* entropy,
+                            float* maximum, float* log_sum, Launch launch);
+
+// dentropy may be null; gradient has the type of the logits and may be their memory.
+const char* gather_logprobs_gradient(const LogitRows& logits, const int64_t* token_ids,
+                                     const float* entropy, const float* maximum,
+                                     const float* log_sum, const float* dlogprobs,
+                                     const float* dentropy, float inverse_temperature,
+                                     void* gradient, int64_t gradient_stride, Launch launch);
 
 }  // namespace fastrl

@@ -19,7 +19,7 @@ from fastrl.checks import (
 from fastrl.errors import ShapeError
 
 # Order by measurement; no GPU result yet, so "auto" keeps the proven path.
-PREFERENCE = ("torch", "triton")
+PREFERENCE = ("torch", "triton", "cuda")
 
 
 def gather_logprobs_reference(
@@ -64,7 +64,7 @@ def gather_logprobs(
         token_ids: [M] int64.
         temperature: Divides the logits.
         overwrite_logits: Nobody needs the logits any more: the backward pass may put their gradient
-            in their memory (triton does, where they are contiguous).
+            in their memory (triton and cuda do, where they are contiguous).
         backend: See fastrl.backends.
     Returns:
         logprobs, entropy: [M] float32 (float64 for float64) each, nats. Differentiable.
@@ -72,8 +72,8 @@ def gather_logprobs(
         ShapeError: when shapes, dtypes or devices do not fit together.
         ConfigError: when the temperature is not above 0.
         BackendUnavailableError: when a backend is named that cannot run.
-    Cost: torch keeps a float32 copy of the logits for the backward pass; triton reads them once and
-        keeps two numbers per row.
+    Cost: torch keeps a float32 copy of the logits for the backward pass; triton and cuda read them
+        once and keep three numbers per row.
     Source: Ouyang et al. 2022 (arXiv 2203.02155), as the log-probs of its eq. 2.
     Example:
         >>> logprobs, entropy = gather_logprobs(torch.zeros(1, 4), torch.tensor([2]))
@@ -88,4 +88,9 @@ def gather_logprobs(
 
         return logprob.gather_logprobs(logits, token_ids, temperature=temperature,
                                        overwrite_logits=overwrite_logits)
+    if name == "cuda":
+        from fastrl_kernels.cuda import logprob as cuda_logprob
+
+        return cuda_logprob.gather_logprobs(logits, token_ids, temperature=temperature,
+                                            overwrite_logits=overwrite_logits)
     return gather_logprobs_reference(logits, token_ids, temperature=temperature)

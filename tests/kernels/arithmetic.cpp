@@ -4,6 +4,7 @@
 
 #include "gae.h"
 #include "kl.h"
+#include "logprob.h"
 
 using namespace fastrl;
 
@@ -44,6 +45,36 @@ void kl_all_gradients(const float* logprobs, const float* ref_logprobs, int64_t 
                       const float* dk1, const float* dk2, const float* dk3, float* dlogprobs) {
     for (int64_t t = 0; t < length; ++t)
         dlogprobs[t] = kl_gradient(logprobs[t], ref_logprobs[t], dk1[t], dk2[t], dk3[t]);
+}
+
+// One row as a block of `threads` does it, `step` neighbours a thread at a time: each thread adds its
+// columns, then neighbours merge at doubling distances within warps of 32, then warp after warp.
+void logprob_row(const float* z, int64_t length, int64_t threads, float* stats) {
+    constexpr int STEP = 16;
+    std::vector<RowSums> sums(threads, row_nothing());
+    for (int64_t start = 0; start < length; start += STEP) {
+        float part[STEP];
+        for (int i = 0; i < STEP; ++i) part[i] = start + i < length ? z[start + i] : -INFINITY;
+        row_add(sums[start / STEP % threads], part);
+    }
+    RowSums total = row_nothing();
+    for (int64_t warp = 0; warp < threads; warp += 32) {
+        for (int64_t distance = 16; distance > 0; distance /= 2)
+            for (int64_t lane = warp; lane < warp + distance; ++lane)
+                sums[lane] = row_merge(sums[lane], sums[lane + distance]);
+        total = warp == 0 ? sums[0] : row_merge(total, sums[warp]);
+    }
+    const RowStats row = row_stats(total);
+    stats[0] = row.maximum, stats[1] = row.log_sum, stats[2] = row.entropy;
+}
+
+void logprob_gradient(const float* z, int64_t length, const float* stats, int64_t token,
+                      float dlogprob, float dentropy, float* logprobs, float* gradient) {
+    const RowStats row{stats[0], stats[1], stats[2]};
+    for (int64_t v = 0; v < length; ++v) {
+        logprobs[v] = row_logprob(row, z[v]);
+        gradient[v] = row_gradient(row, z[v], v == token, dlogprob, dentropy);
+    }
 }
 
 }  // extern "C"

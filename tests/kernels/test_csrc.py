@@ -11,15 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fastrl_kernels.cuda import gae, kl, rewards
+from fastrl_kernels.cuda import gae, kl, logprob, rewards
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastrl.ops.gae import compute_gae_reference
 from fastrl.ops.kl import kl_estimate_reference
+from fastrl.ops.logprob import gather_logprobs_reference
 
 ROOT = Path(__file__).resolve().parents[2]
-OPS = {"gae", "kl_estimate", "kl_gradient", "shape_rewards"}
+OPS = {"gae", "gather_logprobs", "gather_logprobs_gradient", "kl_estimate", "kl_gradient",
+       "shape_rewards"}
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +100,107 @@ def test_kl_and_its_gradient_equal_the_reference(arithmetic: ctypes.CDLL) -> Non
     torch.testing.assert_close(dlogprobs[:52], exact[:52], rtol=1e-5, atol=1e-5)
 
 
+def row_by_cpu(arithmetic: ctypes.CDLL, z: Tensor, token: int, dlogprob: float, dentropy: float,
+               threads: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs [V], entropy and gradient [V] of one row of scores, in a block's order."""
+    stats, logprobs, gradient = torch.full((3,), torch.nan), torch.zeros_like(z), z.clone()
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (z, stats, logprobs, gradient)]
+    arithmetic.logprob_row(pointers[0], ctypes.c_int64(len(z)), ctypes.c_int64(threads),
+                           pointers[1])
+    # The gradient lies over the scores, as in place.
+    arithmetic.logprob_gradient(pointers[3], ctypes.c_int64(len(z)), pointers[1],
+                                ctypes.c_int64(token), ctypes.c_float(dlogprob),
+                                ctypes.c_float(dentropy), pointers[2], pointers[3])
+    return logprobs, stats[2], gradient
+
+
+def test_logprob_golden(arithmetic: ctypes.CDLL) -> None:
+    """Probabilities 1/2, 1/4, 1/4 of the second token: its log-prob, 3/2 bits, and by hand."""
+    z = 7.0 + torch.tensor([0.5, 0.25, 0.25]).log()
+    logprobs, entropy, gradient = row_by_cpu(arithmetic, z, 1, 1.0, 0.0)
+    torch.testing.assert_close(logprobs, torch.tensor([-0.693147, -1.386294, -1.386294]))
+    assert entropy.item() == pytest.approx(1.5 * 0.693147, abs=1e-6)
+    torch.testing.assert_close(gradient, torch.tensor([-0.5, 0.75, -0.25]))
+    by_entropy = row_by_cpu(arithmetic, z, 1, 0.0, 1.0)[2]  # -p (log p + H)
+    torch.testing.assert_close(by_entropy, torch.tensor([-0.1732868, 0.0866434, 0.0866434]),
+                               rtol=0, atol=1e-6)
+
+
+# Below a step, one more than a step, several tiles; columns of -inf, whole warps of them.
+@pytest.mark.parametrize("length", [1, 15, 17, 4097, 50257])
+@pytest.mark.parametrize("kind", ["plain", "forbidden", "large", "lowest"])
+def test_logprob_equals_the_reference(arithmetic: ctypes.CDLL, length: int, kind: str) -> None:
+    z = 3 * torch.randn(length)
+    if kind == "forbidden":
+        z[1:length // 2] = -torch.inf
+    elif kind == "large":
+        z += 1e4
+    elif kind == "lowest":
+        z[1::2] = torch.finfo(torch.float32).min
+    leaf = z.double().requires_grad_()
+    exact = gather_logprobs_reference(leaf[None], torch.tensor([0]))
+    (0.7 * exact[0] - 0.3 * exact[1]).sum().backward()
+    logprobs, entropy, gradient = row_by_cpu(arithmetic, z, 0, 0.7, -0.3)
+    torch.testing.assert_close(logprobs[0].double(), exact[0][0], rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(entropy.double(), exact[1][0], rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(gradient.double(), leaf.grad, rtol=2e-5, atol=1e-6)
+
+
+def test_a_row_of_nothing_but_minus_infinity_and_one_with_nan(arithmetic: ctypes.CDLL) -> None:
+    nothing, unknown = torch.full((40,), -torch.inf), torch.zeros(40)
+    unknown[33] = torch.nan
+    for z in (nothing, unknown):
+        logprobs, entropy, _ = row_by_cpu(arithmetic, z, 0, 1.0, 0.0)
+        assert logprobs.isnan().all() and entropy.isnan()
+
+
+def test_the_caller_of_gather_logprobs_hands_over_what_the_schema_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With torch in place of the compiled op: gradients, both in new memory and in place."""
+
+    def forward(logits: Tensor, token_ids: Tensor, temperature: float, logprobs: Tensor,
+                entropy: Tensor, maximum: Tensor, log_sum: Tensor, stream: int) -> None:
+        for target, value in zip((logprobs, entropy), gather_logprobs_reference(
+                logits, token_ids, temperature=temperature), strict=True):
+            target.copy_(value)
+        maximum.copy_(logits.amax(1) / temperature)
+        log_sum.copy_(torch.logsumexp(logits / temperature, 1) - maximum)
+
+    def gradient(logits: Tensor, token_ids: Tensor, entropy: Tensor, maximum: Tensor,
+                 log_sum: Tensor, dlogprobs: Tensor, dentropy: Tensor | None, temperature: float,
+                 target: Tensor, stream: int) -> None:
+        logprobs = logits / temperature - (maximum + log_sum)[:, None]
+        result = -logprobs.exp() * dlogprobs[:, None]
+        if dentropy is not None:
+            result -= dentropy[:, None] * logprobs.exp() * (logprobs + entropy[:, None])
+        result.scatter_add_(1, token_ids[:, None], dlogprobs[:, None])
+        target.copy_(result / temperature)
+
+    ops = SimpleNamespace(gather_logprobs=forward, gather_logprobs_gradient=gradient)
+    monkeypatch.setattr(logprob, "compiled_ops", lambda: ops)
+    monkeypatch.setattr(logprob, "stream_of", lambda tensor: 0)
+    values, token_ids = torch.randn(4, 9), torch.randint(9, (4,))
+    for overwrite, is_transposed in ((False, False), (True, False), (False, True)):
+        results = []
+        for function, options in ((gather_logprobs_reference, {}),
+                                  (logprob.gather_logprobs, {"overwrite_logits": overwrite})):
+            leaf = values.clone().requires_grad_()
+            logits = (leaf.t().contiguous().t() if is_transposed else leaf) * 1
+            logprobs, entropy = function(logits, token_ids, temperature=0.7, **options)
+            (logprobs.sum() + 2 * entropy[1]).backward()
+            results.append((logprobs.detach(), entropy.detach(), leaf.grad))
+        torch.testing.assert_close(results[0], results[1])
+        assert torch.equal(logits, leaf.grad) is overwrite  # of the compiled one
+    logprobs, _ = logprob.gather_logprobs(leaf, token_ids)
+    torch.testing.assert_close(torch.autograd.grad(logprobs[2], leaf)[0][3], torch.zeros(9))
+
+
 def test_the_cuda_callers_say_what_they_refuse() -> None:
     assert gae.supports("cpu", torch.float32) == "the tensors are on cpu"
     assert "float64" in str(gae.supports("cuda", torch.float64))
     assert gae.supports("cuda", torch.bfloat16) is None
-    assert kl.supports is rewards.supports is gae.supports
+    assert kl.supports is rewards.supports is logprob.supports is gae.supports
 
 
 def test_a_compiled_graph_knows_the_shapes() -> None:
@@ -114,6 +212,12 @@ def test_a_compiled_graph_knows_the_shapes() -> None:
         estimates = torch.ops.fastrl_cuda.kl_estimates(values, values, None)
         shaped = torch.ops.fastrl_cuda.shaped_rewards(values[:, 0], values, values, values > 0,
                                                       0.1, 1, 3)
+        logits = torch.empty(3, 5, dtype=torch.bfloat16)
+        per_row = torch.ops.fastrl_cuda.token_logprobs(logits, offsets, 1.0)
+        dlogits = torch.ops.fastrl_cuda.token_logprobs_backward(
+            logits, offsets, *per_row[1:], per_row[0], None, 1.0)
+    assert [(list(x.shape), x.dtype) for x in per_row] == [([3], torch.float32)] * 4
+    assert dlogits.shape == logits.shape and dlogits.dtype == torch.bfloat16
     assert [(list(x.shape), x.dtype) for x in padded] == [
         ([3, 5], torch.float32), ([3, 5], torch.float32), ([3, 3], torch.float64)]
     assert [list(x.shape) for x in packed] == [[5], [5], [2, 3]]
