@@ -50,6 +50,25 @@ def test_nothing_compared() -> None:
     assert scores.grad is not None and (scores.grad == 0).all()
 
 
+def test_registered_op() -> None:
+    ranks, cu_groups = torch.tensor([0, 1, 2, 0, 0]), torch.tensor([0, 3, 5])
+    for denominator in (None, 4.0):
+        torch.library.opcheck(torch.ops.fastrl_kernels.ranking_loss,
+                              (torch.randn(5).half(), ranks, cu_groups, True, denominator))
+
+
+def test_compiles_to_one_graph() -> None:
+    ranks, cu_groups = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([0, 3, 5])
+    scores, results = torch.randn(5), []
+    for function in (ranking_loss, torch.compile(ranking_loss, fullgraph=True,
+                                                 backend="aot_eager")):
+        leaf = scores.clone().requires_grad_()
+        loss, stats = function(leaf, ranks, cu_groups, backend="triton")
+        (3 * loss).backward()
+        results.append([loss, leaf.grad, stats.margin])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_float64_is_refused() -> None:
     with pytest.raises(BackendUnavailableError, match="it computes in float32"):
         ranking_loss(torch.randn(2, dtype=torch.float64), torch.arange(2), torch.tensor([0, 2]),

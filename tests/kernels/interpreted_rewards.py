@@ -86,6 +86,20 @@ def test_narrow_inputs(dtype: torch.dtype) -> None:
                             estimator="k3")
 
 
+def test_registered_op() -> None:
+    for num_estimates in (1, 3):
+        torch.library.opcheck(torch.ops.fastrl_kernels.shape_rewards,
+                              (*batch(3, 9), 0.1, "k3", num_estimates))
+
+
+def test_compiles_to_one_graph() -> None:
+    inputs, options = batch(3, 9), {"kl_coef": 0.1, "estimator": "k3", "backend": "triton"}
+    compiled = torch.compile(shape_rewards, fullgraph=True, backend="aot_eager")
+    for traced, eager in zip(compiled(*inputs, **options), shape_rewards(*inputs, **options),
+                             strict=True):
+        assert torch.equal(traced, eager)
+
+
 def test_float64_is_refused() -> None:
     scores, logprobs, ref, mask = batch(2, 3)
     with pytest.raises(BackendUnavailableError, match="it computes in float32"):

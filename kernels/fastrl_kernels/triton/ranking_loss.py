@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastrl_kernels.triton.support import DTYPES, AotCase, supports
 
@@ -79,6 +80,34 @@ def _ranking_loss_fwd_kernel(  # type: ignore[no-untyped-def]
     tl.store(sums_ptr + group * 5 + 4, total_margin)
 
 
+def ranking_loss_fwd(
+    scores: Tensor, ranks: Tensor, cu_groups: Tensor, all_pairs: bool, denominator: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss (float32), the statistics [6] in float64, and the gradient [R] like the scores."""
+    dscores = torch.empty(len(scores), dtype=torch.float32, device=scores.device)
+    sums = torch.empty(len(cu_groups) - 1, 5, dtype=torch.float32, device=scores.device)
+    _ranking_loss_fwd_kernel[(len(sums),)](
+        scores, ranks, cu_groups.contiguous(), dscores, sums, scores.stride(0), ranks.stride(0),
+        ALL_PAIRS=all_pairs, BLOCK_K=BLOCK_K,
+    )
+    totals = torch.cat([sums.double().sum(0), (sums[:, 0] > 0).double().sum()[None]])
+    divisor = totals[5].clamp(min=1) if denominator is None else denominator
+    return (totals[1] / divisor).float(), totals, (dscores / divisor).to(scores.dtype)
+
+
+@torch.library.custom_op("fastrl_kernels::ranking_loss", mutates_args=())
+def _fwd_op(
+    scores: Tensor, ranks: Tensor, cu_groups: Tensor, all_pairs: bool, denominator: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return ranking_loss_fwd(scores, ranks, cu_groups, all_pairs, denominator)
+
+
+@_fwd_op.register_fake
+def _(scores: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (scores.new_empty((), dtype=torch.float32), scores.new_empty(6, dtype=torch.float64),
+            scores.new_empty(scores.shape[0]))
+
+
 class _RankingLoss(torch.autograd.Function):
     """The gradient is made in the forward pass; backward only scales it."""
 
@@ -87,22 +116,15 @@ class _RankingLoss(torch.autograd.Function):
         ctx: Any, scores: Tensor, ranks: Tensor, cu_groups: Tensor, all_pairs: bool,
         denominator: float | None,
     ) -> tuple[Tensor, Tensor]:
-        dscores = torch.empty(len(scores), dtype=torch.float32, device=scores.device)
-        sums = torch.empty(len(cu_groups) - 1, 5, dtype=torch.float32, device=scores.device)
-        _ranking_loss_fwd_kernel[(len(sums),)](
-            scores, ranks, cu_groups.contiguous(), dscores, sums, scores.stride(0),
-            ranks.stride(0), ALL_PAIRS=all_pairs, BLOCK_K=BLOCK_K,
-        )
-        totals = torch.cat([sums.double().sum(0), (sums[:, 0] > 0).double().sum()[None]])
-        divisor = totals[5].clamp(min=1) if denominator is None else denominator
-        ctx.save_for_backward((dscores / divisor).to(scores.dtype))
+        run = _fwd_op if torch.compiler.is_compiling() else ranking_loss_fwd
+        loss, totals, dscores = run(scores, ranks, cu_groups, all_pairs, denominator)
+        ctx.save_for_backward(dscores)
         ctx.mark_non_differentiable(totals)
-        return (totals[1] / divisor).float(), totals
+        return loss, totals
 
     @staticmethod
-    def backward(
-        ctx: Any, dloss: Tensor, _: Tensor
-    ) -> tuple[Tensor, None, None, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (dscores,) = ctx.saved_tensors
         return dscores * dloss, None, None, None, None
 

@@ -9,7 +9,7 @@ nothing between. Limits: float32, float16, bfloat16; computed in float32. Source
 """
 
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import triton
@@ -70,10 +70,9 @@ def _shape_rewards_fwd_kernel(  # type: ignore[no-untyped-def]
 
 def shape_rewards_fwd(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float,
-    estimator: str, num_estimates: Literal[1, 3],
+    estimator: str, num_estimates: int,
 ) -> tuple[Tensor, Tensor]:
     """Rewards [B, T], and the penalty's estimates or all three, [1, B, T] or [3, B, T]."""
-    scores, logprobs, ref_logprobs = (x.detach() for x in (scores, logprobs, ref_logprobs))
     num_rows, num_tokens = logprobs.shape
     rewards = torch.empty(num_rows, num_tokens, dtype=torch.float32, device=logprobs.device)
     kl = torch.empty(num_estimates, *rewards.shape, dtype=torch.float32, device=logprobs.device)
@@ -88,13 +87,30 @@ def shape_rewards_fwd(
     return rewards, kl
 
 
+# What a compiled graph holds; eager code calls shape_rewards_fwd, which costs the host less.
+@torch.library.custom_op("fastrl_kernels::shape_rewards", mutates_args=())
+def _fwd_op(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float,
+    estimator: str, num_estimates: int,
+) -> tuple[Tensor, Tensor]:
+    return shape_rewards_fwd(scores, logprobs, ref_logprobs, response_mask, kl_coef, estimator,
+                             num_estimates)
+
+
+@_fwd_op.register_fake
+def _(scores: Tensor, logprobs: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return (logprobs.new_empty(logprobs.shape, dtype=torch.float32),
+            logprobs.new_empty(others[-1], *logprobs.shape, dtype=torch.float32))
+
+
 def shape_rewards(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, *,
     kl_coef: float, estimator: Literal["k1", "k2", "k3"] = "k1", return_estimates: bool = False,
 ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor, Tensor]]:
     """fastrl.ops.shape_rewards on this backend."""
-    rewards, kl = shape_rewards_fwd(scores, logprobs, ref_logprobs, response_mask, kl_coef,
-                                    estimator, 3 if return_estimates else 1)
+    run = _fwd_op if torch.compiler.is_compiling() else shape_rewards_fwd
+    rewards, kl = run(scores.detach(), logprobs.detach(), ref_logprobs.detach(), response_mask,
+                      kl_coef, estimator, 3 if return_estimates else 1)
     return rewards, ((kl[0], kl[1], kl[2]) if return_estimates else kl[0])
 
 
