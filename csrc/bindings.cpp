@@ -22,7 +22,7 @@ void finish(const char* op, const char* error) {
 
 void run_gae(const Tensor rewards, const Tensor values, const std::optional<Tensor> mask,
              const std::optional<Tensor> cu_seqlens, double gamma, double decay,
-             const Tensor advantages, const Tensor returns, const std::optional<Tensor> row_stats,
+             const Tensor advantages, const Tensor returns, const std::optional<Tensor> moments,
              int64_t stream) {
     const char* op = "gae";
     const int64_t numel = rewards.numel();
@@ -42,8 +42,7 @@ void run_gae(const Tensor rewards, const Tensor values, const std::optional<Tens
         num_rows, row_length, static_cast<float>(gamma), static_cast<float>(decay),
         static_cast<float*>(data(op, "advantages", advantages, number, numel, rewards)),
         static_cast<float*>(data(op, "returns", returns, number, numel, rewards)),
-        static_cast<double*>(
-            data(op, "row_stats", row_stats, ScalarType::Double, 3 * num_rows, rewards)),
+        static_cast<float*>(data(op, "moments", moments, number, 3 * num_rows, rewards)),
         on_stream(rewards, stream)));
 }
 
@@ -169,7 +168,7 @@ void run_gather_logprobs_gradient(const Tensor logits, const Tensor token_ids,
 
 STABLE_TORCH_LIBRARY(fastrl_cuda, m) {
     m.def("gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? cu_seqlens, float gamma, "
-          "float decay, Tensor(a!) advantages, Tensor(b!) returns, Tensor(c!)? row_stats, "
+          "float decay, Tensor(a!) advantages, Tensor(b!) returns, Tensor(c!)? moments, "
           "int stream) -> ()");
     m.def("kl_estimate(Tensor logprobs, Tensor ref_logprobs, Tensor? mask, Tensor(a!) k1, "
           "Tensor(b!) k2, Tensor(c!) k3, int stream) -> ()");

@@ -7,6 +7,7 @@
 #include "common.cuh"
 #include "gae.h"
 #include "kernels.h"
+#include "moments.h"
 
 namespace fastrl {
 namespace {
@@ -54,29 +55,28 @@ __device__ __forceinline__ Tokens load_tokens(const float* rewards, const float*
     return tokens;
 }
 
-// Sums over the block in a fixed order; thread 0 writes them.
-__device__ void write_row_stats(double count, double sum, double squares, double* row_stats) {
-    __shared__ double parts[NUM_WARPS][3];
+// The block's moments, merged in a fixed order; thread 0 writes count, sum and centred squares.
+__device__ void write_moments(Moments own, float* moments) {
+    __shared__ Moments parts[NUM_WARPS];
     for (int distance = WARP / 2; distance > 0; distance /= 2) {
-        count += __shfl_down_sync(ALL_LANES, count, distance);
-        sum += __shfl_down_sync(ALL_LANES, sum, distance);
-        squares += __shfl_down_sync(ALL_LANES, squares, distance);
+        const Moments other{__shfl_down_sync(ALL_LANES, own.count, distance),
+                            __shfl_down_sync(ALL_LANES, own.mean, distance),
+                            __shfl_down_sync(ALL_LANES, own.squares, distance)};
+        own = moments_merge(own, other);
     }
-    if (threadIdx.x % WARP == 0) {
-        double* part = parts[threadIdx.x / WARP];
-        part[0] = count, part[1] = sum, part[2] = squares;
-    }
+    if (threadIdx.x % WARP == 0) parts[threadIdx.x / WARP] = own;
     __syncthreads();
-    if (threadIdx.x >= 3) return;
-    double total = 0.0;
-    for (int warp = 0; warp < NUM_WARPS; ++warp) total += parts[warp][threadIdx.x];
-    row_stats[threadIdx.x] = total;
+    if (threadIdx.x > 0) return;
+    for (int warp = 1; warp < NUM_WARPS; ++warp) own = moments_merge(own, parts[warp]);
+    moments[0] = own.count;
+    moments[1] = own.mean * own.count;
+    moments[2] = own.squares;
 }
 
 __global__ void __launch_bounds__(THREADS)
     gae_kernel(const float* rewards, const float* values, const bool* mask,
                const int64_t* cu_seqlens, int64_t row_length, float gamma, float decay,
-               float* advantages, float* returns, double* row_stats) {
+               float* advantages, float* returns, float* moments) {
     // Two buffers: a warp may be one tile ahead of another, never two.
     __shared__ GaeMap warp_maps[2][NUM_WARPS];
     const int lane = threadIdx.x % WARP;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(THREADS)
     const int64_t start = cu_seqlens == nullptr ? row * row_length : cu_seqlens[row];
     const int64_t length = cu_seqlens == nullptr ? row_length : cu_seqlens[row + 1] - start;
     Following carried{0.0f, 0.0f};
-    double count = 0.0, sum = 0.0, squares = 0.0;
+    Moments own_moments = moments_of_nothing();
 
     for (int64_t tile = (length + TILE - 1) / TILE - 1; tile >= 0; --tile) {
         const int64_t column = tile * TILE + threadIdx.x * ITEMS;
@@ -117,28 +117,24 @@ __global__ void __launch_bounds__(THREADS)
             next = gae_step(tokens.rewards[i], tokens.values[i], gamma, decay, next);
             tile_advantages[i] = next.advantage;
             tile_returns[i] = next.advantage + tokens.values[i];
-            count += 1.0;
-            sum += next.advantage;
-            squares += static_cast<double>(next.advantage) * next.advantage;
+            own_moments = moments_add(own_moments, next.advantage);
         }
         store_pack(advantages + start + column, left, tile_advantages);
         store_pack(returns + start + column, left, tile_returns);
     }
-    if (row_stats != nullptr) write_row_stats(count, sum, squares, row_stats + 3 * row);
+    if (moments != nullptr) write_moments(own_moments, moments + 3 * row);
 }
 
 }  // namespace
 
 const char* gae(const float* rewards, const float* values, const bool* mask,
                 const int64_t* cu_seqlens, int64_t num_rows, int64_t row_length, float gamma,
-                float decay, float* advantages, float* returns, double* row_stats,
-                Launch launch) {
+                float decay, float* advantages, float* returns, float* moments, Launch launch) {
     if (num_rows == 0) return nullptr;
     cudaSetDevice(launch.device);
     gae_kernel<<<static_cast<unsigned>(num_rows), THREADS, 0,
                  static_cast<cudaStream_t>(launch.stream)>>>(
-        rewards, values, mask, cu_seqlens, row_length, gamma, decay, advantages, returns,
-        row_stats);
+        rewards, values, mask, cu_seqlens, row_length, gamma, decay, advantages, returns, moments);
     return launch_error();
 }
 

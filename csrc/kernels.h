@@ -23,11 +23,11 @@ struct LogitRows {
 };
 
 // Padded: cu_seqlens null, rows of row_length. Packed: cu_seqlens [num_rows + 1].
-// mask and row_stats may be null; row_stats [num_rows, 3] gets count, sum and sum of squares of
-// the advantages.
+// mask and moments may be null; moments [num_rows, 3] gets count, sum, and sum of squares about the
+// row's own mean, of the advantages.
 const char* gae(const float* rewards, const float* values, const bool* mask,
                 const int64_t* cu_seqlens, int64_t num_rows, int64_t row_length, float gamma,
-                float decay, float* advantages, float* returns, double* row_stats, Launch launch);
+                float decay, float* advantages, float* returns, float* moments, Launch launch);
 
 // mask may be null.
 const char* kl_estimate(const float* logprobs, const float* ref_logprobs, const bool* mask,

@@ -58,7 +58,7 @@ def use_backend(name: str) -> Iterator[None]:
         ConfigError: when there is no such backend.
     Example:
         >>> with use_backend("torch"):
-        ...     choose("whiten", "masked", ("torch",), "cpu", torch.float32)
+        ...     choose("whiten", "whiten", ("torch",), "cpu", torch.float32)
         'torch'
     """
     token = _current.set(_known(name, "use_backend"))

@@ -6,7 +6,7 @@ from fastrl.ops.kv_cache import write_kv
 from fastrl.ops.linear_logprob import linear_logprobs
 from fastrl.ops.linear_policy_loss import linear_policy_loss
 from fastrl.ops.logprob import gather_logprobs
-from fastrl.ops.masked import masked_mean, masked_sum, whiten
+from fastrl.ops.masked import masked_mean, masked_sum
 from fastrl.ops.packed_attention import packed_attention
 from fastrl.ops.paged_attention import paged_attention
 from fastrl.ops.policy_loss import PolicyStats, policy_loss
@@ -14,6 +14,7 @@ from fastrl.ops.ranking_loss import RankingStats, ranking_loss
 from fastrl.ops.rewards import shape_rewards
 from fastrl.ops.sampling import sample_tokens
 from fastrl.ops.value_loss import ValueStats, value_loss
+from fastrl.ops.whiten import whiten
 
 __all__ = [
     "PolicyStats",

@@ -4,6 +4,8 @@
     returns_t = A_t + V_t                      V after the last response token = 0
 """
 
+from typing import Any, Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from fastrl.checks import (
     wide_dtype,
 )
 from fastrl.errors import ShapeError
+from fastrl.ops.whiten import row_moments
 
 # Order by measurement; no GPU result yet, so "auto" keeps the proven path.
 PREFERENCE = ("torch", "triton", "cuda")
@@ -60,6 +63,20 @@ def compute_gae_reference(
             torch.where(response_mask, advantages + values, zero))
 
 
+@torch.no_grad()
+def moments_reference(
+    advantages: Tensor, response_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """The moments [B, 3] that compute_gae returns on request, in plain torch."""
+    if response_mask is None:
+        response_mask = torch.ones_like(advantages, dtype=torch.bool)
+    if cu_seqlens is not None:
+        rows, columns, shape = _padded_places(cu_seqlens)
+        advantages, response_mask = (x.new_zeros(shape).index_put((rows, columns), x)
+                                     for x in (advantages, response_mask))
+    return row_moments(advantages, response_mask)
+
+
 def _padded_places(cu_seqlens: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """Row and column [N] of each packed token in a padded batch, and the batch's shape [B, T]."""
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
@@ -92,6 +109,22 @@ def _check(
     check_values(op, response_mask, rewards=rewards, values=values)
 
 
+@overload
+def compute_gae(
+    rewards: Tensor, values: Tensor, response_mask: Tensor | None = None, *, gamma: float = 1.0,
+    lam: float = 0.95, cu_seqlens: Tensor | None = None, return_moments: Literal[False] = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def compute_gae(
+    rewards: Tensor, values: Tensor, response_mask: Tensor | None = None, *, gamma: float = 1.0,
+    lam: float = 0.95, cu_seqlens: Tensor | None = None, return_moments: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 def compute_gae(
     rewards: Tensor,
     values: Tensor,
@@ -100,8 +133,9 @@ def compute_gae(
     gamma: float = 1.0,
     lam: float = 0.95,
     cu_seqlens: Tensor | None = None,
+    return_moments: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
     """Advantages by generalised advantage estimation, and the returns they imply.
 
         delta_t = R_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}
@@ -118,10 +152,14 @@ def compute_gae(
         lam: Trace decay in [0, 1]. 1 = Monte Carlo, 0 = one step.
         cu_seqlens: [B+1] int64. Given for packed inputs: where each response begins; the last
             entry is N.
+        return_moments: Also return what `whiten` and `ppo_loss` need to know of the advantages; the
+            kernels make it in the same launch.
         backend: See fastrl.backends.
     Returns:
         advantages, returns: shape of rewards, float32 (float64 for float64) each, 0 where the mask
         is False. No gradient.
+        moments: [B, 3] of the same type, with return_moments: of each response the number of True
+        tokens, the sum of their advantages, and the sum of squares about their own mean.
     Raises:
         ShapeError: when shapes, dtypes or devices do not fit together.
         ConfigError: when gamma or lam is outside [0, 1].
@@ -138,15 +176,18 @@ def compute_gae(
     _check(rewards, values, response_mask, gamma, lam, cu_seqlens)
     dtype = torch.promote_types(rewards.dtype, values.dtype)
     name = choose("compute_gae", "gae", PREFERENCE, values.device.type, dtype, backend)
+    options: dict[str, Any] = {"gamma": gamma, "lam": lam, "cu_seqlens": cu_seqlens}
     if name == "triton":
         from fastrl_kernels.triton import gae
 
-        return gae.compute_gae(rewards, values, response_mask, gamma=gamma, lam=lam,
-                               cu_seqlens=cu_seqlens)
+        result = gae.compute_gae(rewards, values, response_mask, **options)
+        return result if return_moments else result[:2]
     if name == "cuda":
         from fastrl_kernels.cuda import gae as cuda_gae
 
-        return cuda_gae.compute_gae(rewards, values, response_mask, gamma=gamma, lam=lam,
-                                    cu_seqlens=cu_seqlens)
-    return compute_gae_reference(rewards, values, response_mask, gamma=gamma, lam=lam,
-                                 cu_seqlens=cu_seqlens)
+        result = cuda_gae.compute_gae(rewards, values, response_mask, **options)
+        return result if return_moments else result[:2]
+    advantages, returns = compute_gae_reference(rewards, values, response_mask, **options)
+    if not return_moments:
+        return advantages, returns
+    return advantages, returns, moments_reference(advantages, response_mask, cu_seqlens)

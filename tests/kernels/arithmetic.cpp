@@ -4,7 +4,11 @@
 
 #include "gae.h"
 #include "kl.h"
+<<<<<<< HEAD
 #include "logprob.h"
+=======
+#include "moments.h"
+>>>>>>> 083ecbc (whiten: Triton kernel in two launches; compute_gae returns the moments that spare one of them)
 
 using namespace fastrl;
 
@@ -31,6 +35,18 @@ void gae_by_scan(const float* rewards, const float* values, const bool* keep, in
             maps[t] = gae_compose(maps[t], maps[t + distance]);
     for (int64_t t = 0; t < length; ++t)
         advantages[t] = keep[t] ? gae_apply(maps[t], {0.0f, 0.0f}).advantage : 0.0f;
+}
+
+// Moments of `length` numbers, added one by one in each of `num_parts` parts, which are merged from
+// the last to the first: count, sum, squares about the mean.
+void moments_of_parts(const float* values, int64_t length, int64_t num_parts, float* moments) {
+    Moments all = moments_of_nothing();
+    for (int64_t part = num_parts - 1; part >= 0; --part) {
+        Moments own = moments_of_nothing();
+        for (int64_t i = part; i < length; i += num_parts) own = moments_add(own, values[i]);
+        all = moments_merge(own, all);
+    }
+    moments[0] = all.count, moments[1] = all.mean * all.count, moments[2] = all.squares;
 }
 
 void kl_all(const float* logprobs, const float* ref_logprobs, int64_t length, float* k1, float* k2,

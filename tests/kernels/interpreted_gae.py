@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from fastrl_kernels.triton.gae import MAX_BLOCK, gae_fwd
+from fastrl_kernels.triton.gae import MAX_BLOCK
 from torch import Tensor
 
 from fastrl.errors import BackendUnavailableError
 from fastrl.ops import compute_gae
-from fastrl.ops.gae import compute_gae_reference
+from fastrl.ops.gae import compute_gae_reference, moments_reference
 
 FLOOR = 1e-5  # the scan adds in another order than the loop over time
 
@@ -85,13 +85,36 @@ def test_moments_for_whitening_do_not_cancel() -> None:
     mask[:, -1] = mask[2, -1] = True
     mask[1] = False
     rewards, values = rewards.nan_to_num(), values.nan_to_num()
-    advantages, _, moments = gae_fwd(rewards, values, mask, 1.0, 1.0, None)
+    advantages, _, moments = compute_gae(rewards, values, mask, lam=1.0, return_moments=True,
+                                         backend="triton")
     for b in range(3):
         kept = advantages[b][mask[b]].double()
         expected = [len(kept), kept.sum(), (kept - kept.mean()).square().sum() if b != 1 else 0.0]
         # A mean 1000 times the deviation: a sum of plain squares would be wrong by some percent.
         torch.testing.assert_close(moments[b].double(),
                                    torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+def test_moments_of_packed_responses() -> None:
+    cu_seqlens = torch.tensor([0, 3, 3, 20])
+    rewards, values, mask = torch.randn(20), torch.randn(20), torch.rand(20) > 0.3
+    for keep in (None, mask):
+        advantages, _, moments = compute_gae(rewards, values, keep, cu_seqlens=cu_seqlens,
+                                             return_moments=True, backend="triton")
+        torch.testing.assert_close(moments, moments_reference(advantages, keep, cu_seqlens))
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_registered_op_and_one_graph(is_packed: bool) -> None:
+    rewards, values = torch.randn(2, 4, 10).flatten(1) if is_packed else torch.randn(2, 4, 10)
+    mask, cu_seqlens = rewards < 1, torch.tensor([0, 7, 40]) if is_packed else None
+    torch.library.opcheck(torch.ops.fastrl_kernels.compute_gae,
+                          (rewards.half(), values, mask, 0.9, 0.8, cu_seqlens))
+    options = {"cu_seqlens": cu_seqlens, "return_moments": True, "backend": "triton"}
+    compiled = torch.compile(compute_gae, fullgraph=True, backend="aot_eager")
+    for traced, eager in zip(compiled(rewards, values, mask, **options),
+                             compute_gae(rewards, values, mask, **options), strict=True):
+        assert torch.equal(traced, eager)
 
 
 def test_float64_is_refused() -> None:

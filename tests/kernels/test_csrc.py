@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastrl.ops.gae import compute_gae_reference
 from fastrl.ops.kl import kl_estimate_reference
 from fastrl.ops.logprob import gather_logprobs_reference
+from fastrl.ops.whiten import row_moments
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = {"gae", "gather_logprobs", "gather_logprobs_gradient", "kl_estimate", "kl_gradient",
@@ -68,6 +69,18 @@ def test_gae_with_holes_equals_the_reference(arithmetic: ctypes.CDLL, name: str,
                                      gamma=0.99, lam=0.9)
     got = call_gae(arithmetic[name], rewards, values, mask, 0.99, 0.9)
     torch.testing.assert_close(got, exact[0].float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length, num_parts", [(0, 1), (1, 4), (9, 1), (1000, 1), (1000, 256)])
+@pytest.mark.parametrize("mean", [0.0, 1000.0])
+def test_moments_equal_the_reference(arithmetic: ctypes.CDLL, length: int, num_parts: int,
+                                     mean: float) -> None:
+    """Parts without a number too; at a mean of 1000 float32 sums of squares lose the variance."""
+    values, got = mean + torch.randn(length), torch.full((3,), float("nan"))
+    arithmetic.moments_of_parts(ctypes.c_void_p(values.data_ptr()), ctypes.c_int64(length),
+                                ctypes.c_int64(num_parts), ctypes.c_void_p(got.data_ptr()))
+    exact = row_moments(values.double()[None], torch.ones(1, length, dtype=torch.bool))[0]
+    torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 def call_kl(function: ctypes._CFuncPtr, inputs: list[Tensor], outputs: list[Tensor]) -> None:
@@ -219,7 +232,7 @@ def test_a_compiled_graph_knows_the_shapes() -> None:
     assert [(list(x.shape), x.dtype) for x in per_row] == [([3], torch.float32)] * 4
     assert dlogits.shape == logits.shape and dlogits.dtype == torch.bfloat16
     assert [(list(x.shape), x.dtype) for x in padded] == [
-        ([3, 5], torch.float32), ([3, 5], torch.float32), ([3, 3], torch.float64)]
+        ([3, 5], torch.float32), ([3, 5], torch.float32), ([3, 3], torch.float32)]
     assert [list(x.shape) for x in packed] == [[5], [5], [2, 3]]
     assert [list(x.shape) for x in (*estimates, *shaped)] == [[3, 5]] * 4 + [[3, 3, 5]]
 

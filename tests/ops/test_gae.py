@@ -113,6 +113,30 @@ def test_no_gradient_and_inputs_untouched() -> None:
     assert torch.equal(rewards, before)
 
 
+def test_moments_are_those_of_each_response() -> None:
+    rewards, values, mask = batch(4, 7)
+    mask[1] = False
+    advantages, returns, moments = compute_gae(rewards, values, mask, return_moments=True)
+    assert moments.shape == (4, 3) and moments.dtype == torch.float64
+    assert all(torch.equal(a, b) for a, b in
+               zip((advantages, returns), compute_gae(rewards, values, mask), strict=True))
+    for b in range(4):
+        kept = advantages[b][mask[b]]
+        squares = kept.var(correction=0) * len(kept) if b != 1 else torch.zeros(()).double()
+        torch.testing.assert_close(moments[b], torch.stack(
+            [torch.tensor(len(kept)).double(), kept.sum(), squares]))
+    cu_seqlens = torch.tensor([0, *mask.sum(dim=1).cumsum(0).tolist()])
+    packed = compute_gae(rewards[mask], values[mask], cu_seqlens=cu_seqlens, return_moments=True)
+    torch.testing.assert_close(packed[2], moments)
+
+
+def test_moments_golden(golden: SimpleNamespace) -> None:
+    """Advantages .88, .79, .67, .6 with mean .735."""
+    _, _, moments = compute_gae(torch.tensor([golden.GAE_REWARDS]),
+                                torch.tensor([golden.GAE_VALUES]), lam=1.0, return_moments=True)
+    torch.testing.assert_close(moments, torch.tensor([[4.0, 2.94, 0.0465]]), rtol=0, atol=1e-6)
+
+
 def test_bad_input() -> None:
     one, packed = torch.ones(2, 3), torch.ones(4)
     with pytest.raises(ShapeError, match=r"rewards \[2, 3\], values \[2, 2\]"):

@@ -15,19 +15,19 @@ def gae_fwd(
     rewards: Tensor, values: Tensor, response_mask: Tensor | None, cu_seqlens: Tensor | None,
     gamma: float, lam: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One launch: advantages and returns like rewards, row_stats [B, 3] float64.
+    """One launch: advantages and returns like rewards, moments [B, 3], all float32.
 
-    row_stats holds count, sum and sum of squares of each row's advantages, for whitening.
+    moments holds count, sum and sum of squares about the row's own mean, of the advantages.
     """
     rewards, values = rewards.float().contiguous(), values.float().contiguous()
     mask = None if response_mask is None else response_mask.contiguous()
     offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
     num_rows = rewards.shape[0] if offsets is None else offsets.shape[0] - 1
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
-    row_stats = rewards.new_empty(num_rows, 3, dtype=torch.float64)
+    moments = rewards.new_empty(num_rows, 3)
     compiled_ops().gae(rewards, values, mask, offsets, gamma, gamma * lam, advantages, returns,
-                       row_stats, stream_of(rewards))
-    return advantages, returns, row_stats
+                       moments, stream_of(rewards))
+    return advantages, returns, moments
 
 
 # What a compiled graph holds; eager code calls gae_fwd, which costs the host less.
@@ -46,7 +46,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     like = rewards.new_empty(rewards.shape, dtype=torch.float32)
-    return like, torch.empty_like(like), rewards.new_empty(num_rows, 3, dtype=torch.float64)
+    return like, torch.empty_like(like), like.new_empty(num_rows, 3)
 
 
 @torch.no_grad()
@@ -58,11 +58,12 @@ def compute_gae(
     gamma: float = 1.0,
     lam: float = 0.95,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Advantages and returns; arguments as in fastrl.ops.compute_gae."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Advantages, returns and moments; arguments as in fastrl.ops.compute_gae."""
     run = _compute_gae if torch.compiler.is_compiling() else gae_fwd
-    advantages, returns, _ = run(rewards, values, response_mask, cu_seqlens, gamma, lam)
-    return advantages, returns
+    result: tuple[Tensor, Tensor, Tensor] = run(rewards, values, response_mask, cu_seqlens, gamma,
+                                                lam)
+    return result
 
 
 def supports(device_type: str, dtype: torch.dtype) -> str | None:

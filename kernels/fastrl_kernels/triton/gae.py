@@ -100,7 +100,6 @@ def gae_fwd(
         moments: [B, 3] float32: the count of True tokens, the sum of their advantages, and the sum
             of squares about the response's own mean.
     """
-    rewards, values = rewards.detach(), values.detach()
     mask = rewards if response_mask is None else response_mask
     advantages = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
     returns = torch.empty_like(advantages)
@@ -119,12 +118,35 @@ def gae_fwd(
     return advantages, returns, moments
 
 
+# What a compiled graph holds; eager code calls gae_fwd, which costs the host less.
+@torch.library.custom_op("fastrl_kernels::compute_gae", mutates_args=())
+def _fwd_op(
+    rewards: Tensor, values: Tensor, response_mask: Tensor | None, gamma: float, lam: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return gae_fwd(rewards, values, response_mask, gamma, lam, cu_seqlens)
+
+
+@_fwd_op.register_fake
+def _(
+    rewards: Tensor, values: Tensor, response_mask: Tensor | None, gamma: float, lam: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_rows = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (rewards.new_empty(rewards.shape, dtype=torch.float32),
+            rewards.new_empty(rewards.shape, dtype=torch.float32),
+            rewards.new_empty(num_rows, 3, dtype=torch.float32))
+
+
 def compute_gae(
     rewards: Tensor, values: Tensor, response_mask: Tensor | None = None, *, gamma: float = 1.0,
     lam: float = 0.95, cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """fastrl.ops.compute_gae on this backend."""
-    return gae_fwd(rewards, values, response_mask, gamma, lam, cu_seqlens)[:2]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """fastrl.ops.compute_gae on this backend, moments included."""
+    run = _fwd_op if torch.compiler.is_compiling() else gae_fwd
+    result: tuple[Tensor, Tensor, Tensor] = run(
+        rewards.detach(), values.detach(), response_mask, gamma, lam, cu_seqlens)
+    return result
 
 
 def aot_cases(every: bool = False) -> list[AotCase]:
