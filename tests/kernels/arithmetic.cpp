@@ -4,11 +4,8 @@
 
 #include "gae.h"
 #include "kl.h"
-<<<<<<< HEAD
 #include "logprob.h"
-=======
 #include "moments.h"
->>>>>>> 083ecbc (whiten: Triton kernel in two launches; compute_gae returns the moments that spare one of them)
 
 using namespace fastrl;
 
