@@ -4,7 +4,7 @@
     logprob = z_token - logsumexp(z)        H = logsumexp(z) - sum_v p_v z_v
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from fastrl.checks import (
     check_values,
     wide_dtype,
 )
-from fastrl.errors import ShapeError
+from fastrl.errors import ConfigError, ShapeError
 from fastrl.ops.logprob import gather_logprobs_reference
 
 # Order by measurement; no GPU result yet, so "auto" keeps the proven path.
@@ -211,6 +211,7 @@ def linear_logprobs(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
+    logits: Literal["chunked", "none"] = "chunked",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of one token per hidden state, and the entropy of its distribution.
@@ -225,15 +226,19 @@ def linear_logprobs(
         bias: [V] float or None; -inf forbids a token. Differentiable.
         temperature: Divides the logits.
         chunk_tokens: Rows of logits in memory at a time; None: as many as fit in a fixed budget.
+        logits: "none" lets the forward pass keep them out of memory, for passes that score: triton
+            then reduces each tile of the product where it is made. torch has chunks either way,
+            and so has every backward pass.
         backend: See fastrl.backends.
     Returns:
         logprobs, entropy: [M] float32 (float64 for float64) each, nats. Both differentiable, once.
     Raises:
         ShapeError: when shapes, dtypes or devices do not fit together.
-        ConfigError: when temperature or chunk_tokens is not above 0.
+        ConfigError: when temperature or chunk_tokens is not above 0, or logits is another word.
         BackendUnavailableError: when a backend is named that cannot run.
     Cost: forward 2MDV operations, backward 6MDV; two chunks of logits and a float32 copy of a
-        half-precision weight, or with triton one chunk and no copy.
+        half-precision weight, or with triton one chunk and no copy; forward with logits="none" 16
+        bytes per row and 2048 columns.
     Source: the chunked loss of Wijmans et al. 2024 (arXiv 2411.09009) without its filter.
     Example:
         >>> hidden, weight = torch.ones(1, 2), torch.zeros(4, 2)
@@ -242,6 +247,8 @@ def linear_logprobs(
         (-1.3863, 1.3863)
     """
     check_linear("linear_logprobs", hidden, weight, token_ids, bias, temperature, chunk_tokens)
+    if logits not in ("chunked", "none"):
+        raise ConfigError(f"linear_logprobs: expected logits chunked or none, got {logits!r}")
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     name = choose("linear_logprobs", "linear_logprob", PREFERENCE, hidden.device.type, dtype,
                   backend)
@@ -249,7 +256,8 @@ def linear_logprobs(
         from fastrl_kernels.triton import linear_logprob
 
         return linear_logprob.linear_logprobs(hidden, weight, token_ids, bias=bias,
-                                              temperature=temperature, chunk_tokens=chunk_tokens)
+                                              temperature=temperature, chunk_tokens=chunk_tokens,
+                                              logits=logits)
     result: tuple[Tensor, Tensor] = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, token_ids, temperature, chunk_tokens
     )

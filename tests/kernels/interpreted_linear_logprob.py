@@ -128,8 +128,8 @@ def test_chunks_cover_all_tokens_in_whole_tiles() -> None:
 def test_registered_ops() -> None:
     case = Case()
     inputs = (case.hidden, case.weight, case.bias, case.token_ids)
-    torch.library.opcheck(torch.ops.fastrl_kernels.linear_logprobs, (*inputs, 0.7, 4))
-    _, *rows = linear_logprob.linear_logprobs_fwd(*inputs, 0.7, 4)
+    torch.library.opcheck(torch.ops.fastrl_kernels.linear_logprobs, (*inputs, 0.7, 4, "chunked"))
+    _, *rows = linear_logprob.linear_logprobs_fwd(*inputs, 0.7, 4, "chunked")
     for dentropy, needs in ((None, [True, True, True]), (torch.randn(9), [False, True, False])):
         torch.library.opcheck(torch.ops.fastrl_kernels.linear_logprobs_bwd,
                               (*inputs, *rows, torch.randn(9), dentropy, 0.7, 4, needs))

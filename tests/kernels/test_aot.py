@@ -19,6 +19,9 @@ ARCHITECTURES = (80, 90, 100)
 ALLOWED_SPILLS: dict[tuple[str, int], int] = {}
 """(kernel, architecture) -> bytes of stack a thread may use, each with the reason beside it."""
 
+FLOAT32_ONLY = {"_merge_slices_kernel"}
+"""Kernels that read nothing but what another kernel wrote in float32."""
+
 
 def compile_all(name: str, every: bool) -> list[dict[str, object]]:
     """Registers and stack of the cases of one kernel file, from the finished machine code."""
@@ -32,9 +35,12 @@ def compile_all(name: str, every: bool) -> list[dict[str, object]]:
     ).aot_cases(every):
         options = {k: v for k, v in constants.items() if k in ("num_warps", "num_stages")}
         fixed = {k: v for k, v in constants.items() if k not in options}
-        signature = {a: "constexpr" if a in fixed else types[a] for a in kernel.arg_names}
+        signature = {a: "constexpr" if a in fixed else types[a].removesuffix(":16")
+                     for a in kernel.arg_names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names)
+                   if types.get(a, "").endswith(":16")}
         for arch in ARCHITECTURES:
-            source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
+            source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
             compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
             rows.append({"kernel": compiled.metadata.name, "arch": arch, "constants": fixed,
                          "pointers": sorted({v for v in signature.values() if v[0] == "*"}),
@@ -69,7 +75,7 @@ def test_compiles_and_spills_nothing(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     rows = json.loads(done.stdout.splitlines()[-1])
     assert {row["arch"] for row in rows} == set(ARCHITECTURES)
-    for kernel in {row["kernel"] for row in rows}:
+    for kernel in {row["kernel"] for row in rows} - FLOAT32_ONLY:
         pointers = {p for row in rows if row["kernel"] == kernel for p in row["pointers"]}
         assert {"*fp32", "*fp16", "*bf16"} <= pointers, f"{kernel}: not every dtype"
     for row in rows:

@@ -160,3 +160,5 @@ def test_bad_input() -> None:
         linear_logprobs(hidden, weight, token_ids, temperature=-1.0)
     with pytest.raises(ConfigError, match="chunk_tokens above 0"):
         linear_logprobs(hidden, weight, token_ids, chunk_tokens=0)
+    with pytest.raises(ConfigError, match="expected logits chunked or none, got 'some'"):
+        linear_logprobs(hidden, weight, token_ids, logits="some")

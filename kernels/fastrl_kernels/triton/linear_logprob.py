@@ -4,7 +4,8 @@
     logprob = z_token - logsumexp(z)        H = -sum_v p_v log p_v
 
 Forward: a chunk of logits in float32, from half-precision operands where those are, then the kernel
-of gather_logprobs, which adds the bias and reads the chunk once. Backward: the same logits again,
+of gather_logprobs, which adds the bias and reads the chunk once; or, on request, no logits at all
+(linear_logprob_tiles.py). Backward: the same logits again,
 overwritten by their gradient in the operands' type (in the first half of each row, where that is
 narrower), then the two products, summed in float32. Operations 2MDV and 6MDV; per logit 4 bytes
 written and read forward, and 8 more and three readings of the gradient backward. In memory at a
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastrl_kernels.triton.linear_logprob_tiles import tiled_logprobs
 from fastrl_kernels.triton.logprob import logprobs_bwd, logprobs_fwd, new_rows
 from fastrl_kernels.triton.support import supports
 
@@ -97,18 +99,20 @@ def add_head_gradients(
 
 def linear_logprobs_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, temperature: float,
-    chunk_tokens: int | None,
+    chunk_tokens: int | None, logits: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs, entropy, m and log s, [M] float32 each."""
     hidden, weight = same_dtype(hidden, weight)
+    if logits == "none":
+        return tiled_logprobs(hidden, weight, bias, token_ids, temperature)
     chunks = chunk_slices(len(hidden), 4 * len(weight), chunk_tokens)
     buffer = new_chunk(hidden, weight, chunks, torch.float32)
     result = new_rows(hidden)
     for rows in chunks:
-        logits = buffer[: rows.stop - rows.start]
-        multiply(hidden[rows], weight.T, logits)
+        chunk = buffer[: rows.stop - rows.start]
+        multiply(hidden[rows], weight.T, chunk)
         logprobs, entropy, maximum, log_sum = (values[rows] for values in result)
-        logprobs_fwd(logits, token_ids[rows], temperature, bias,
+        logprobs_fwd(chunk, token_ids[rows], temperature, bias,
                      out=(logprobs, entropy, maximum, log_sum))
     return result
 
@@ -137,9 +141,9 @@ def linear_logprobs_bwd(
 @torch.library.custom_op("fastrl_kernels::linear_logprobs", mutates_args=())
 def _fwd_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, temperature: float,
-    chunk_tokens: int | None,
+    chunk_tokens: int | None, logits: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return linear_logprobs_fwd(hidden, weight, bias, token_ids, temperature, chunk_tokens)
+    return linear_logprobs_fwd(hidden, weight, bias, token_ids, temperature, chunk_tokens, logits)
 
 
 @_fwd_op.register_fake
@@ -178,10 +182,10 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor,
-        temperature: float, chunk_tokens: int | None,
+        temperature: float, chunk_tokens: int | None, logits: str,
     ) -> tuple[Tensor, Tensor]:
         run = _fwd_op if torch.compiler.is_compiling() else linear_logprobs_fwd
-        logprobs, *rows = run(hidden, weight, bias, token_ids, temperature, chunk_tokens)
+        logprobs, *rows = run(hidden, weight, bias, token_ids, temperature, chunk_tokens, logits)
         ctx.save_for_backward(hidden, weight, bias, token_ids, *rows)
         ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
         ctx.set_materialize_grads(False)
@@ -202,16 +206,16 @@ class _LinearLogprobs(torch.autograd.Function):
         return (
             *(gradient.to(x.dtype) if is_needed else None for gradient, is_needed, x in
               zip(gradients, needs, (hidden, weight, bias), strict=True)),
-            None, None, None,
+            None, None, None, None,
         )
 
 
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, token_ids: Tensor, *, bias: Tensor | None = None,
-    temperature: float = 1.0, chunk_tokens: int | None = None,
+    temperature: float = 1.0, chunk_tokens: int | None = None, logits: str = "chunked",
 ) -> tuple[Tensor, Tensor]:
     """fastrl.ops.linear_logprobs on this backend."""
     result: tuple[Tensor, Tensor] = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, token_ids, temperature, chunk_tokens
+        hidden, weight, bias, token_ids, temperature, chunk_tokens, logits
     )
     return result

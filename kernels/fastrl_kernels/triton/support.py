@@ -10,14 +10,20 @@ from typing import Any
 import torch
 
 AotCase = tuple[Any, dict[str, str], dict[str, Any]]
-"""(kernel, Triton type of each argument, constants and launch options)."""
+"""(kernel, Triton type of each argument, constants and launch options). A type that ends in ":16" is
+that of an argument divisible by 16, which a launch finds out by itself."""
 DTYPES = ("fp32", "fp16", "bf16")
 """Triton's names of the types that the kernels take."""
 
 
+def is_interpreted() -> bool:
+    """True where kernels run on CPU tensors, by Triton's own switch."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def supports(device_type: str, dtype: torch.dtype) -> str | None:
     """Why this backend cannot run the op on such tensors; None where it can."""
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device_type != "cuda" and not is_interpreted():
         return f"the tensors are on {device_type}"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it computes in float32, the tensors are {str(dtype).removeprefix('torch.')}"
