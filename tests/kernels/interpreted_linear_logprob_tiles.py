@@ -70,7 +70,7 @@ def test_temperature() -> None:
     Case(V=2 * SLICE + 5).assert_as_good_as_torch(temperature=0.6)
 
 
-# The operands are rounded already; what is added up is float32. Two slices, two to three steps of D.
+# The operands are rounded already; what is added up is float32. Two slices, some steps along D.
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("D", [70, 80])
 def test_half_precision(dtype: torch.dtype, D: int) -> None:

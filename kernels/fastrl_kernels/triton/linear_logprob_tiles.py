@@ -13,6 +13,7 @@ bfloat16; hidden and weight of one type. Source: Milakov & Gimelshein 2018 (arXi
 """
 
 import itertools
+
 import torch
 import triton
 import triton.language as tl

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 AotCase = tuple[Any, dict[str, str], dict[str, Any]]
-"""(kernel, Triton type of each argument, constants and launch options). A type that ends in ":16" is
-that of an argument divisible by 16, which a launch finds out by itself."""
+"""(kernel, Triton type of each argument, constants and launch options).
+
+A type that ends in ":16" is that of an argument divisible by 16, as a launch finds out by itself.
+"""
 DTYPES = ("fp32", "fp16", "bf16")
 """Triton's names of the types that the kernels take."""
 
