@@ -7,6 +7,7 @@ from fastrl.ops.linear_logprob import linear_logprobs
 from fastrl.ops.linear_policy_loss import linear_policy_loss
 from fastrl.ops.logprob import gather_logprobs
 from fastrl.ops.masked import masked_mean, masked_sum
+from fastrl.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastrl.ops.packed_attention import packed_attention
 from fastrl.ops.paged_attention import paged_attention
 from fastrl.ops.policy_loss import PolicyStats, policy_loss
@@ -20,9 +21,12 @@ __all__ = [
     "PolicyStats",
     "RankingStats",
     "ValueStats",
+    "add_layer_norm",
+    "add_rms_norm",
     "compute_gae",
     "gather_logprobs",
     "kl_estimate",
+    "layer_norm",
     "linear_logprobs",
     "linear_policy_loss",
     "masked_mean",
@@ -31,6 +35,7 @@ __all__ = [
     "paged_attention",
     "policy_loss",
     "ranking_loss",
+    "rms_norm",
     "sample_tokens",
     "shape_rewards",
     "value_loss",

@@ -16,7 +16,11 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "kernels/fastrl_kernels/triton"
 KERNELS = sorted(p.stem for p in FOLDER.glob("*.py") if "def aot_cases" in p.read_text())
 ARCHITECTURES = (80, 90, 100)
-ALLOWED_SPILLS: dict[tuple[str, int], int] = {}
+ALLOWED_SPILLS: dict[tuple[str, int], int] = {
+    # layer_norm from D = 4097 on, float32 and a float16 case: ptxas keeps two words on the stack,
+    # below the limit of registers, for more resident warps. Only `make aot` compiles these widths.
+    ("_norm_fwd_kernel", 80): 8, ("_norm_fwd_kernel", 90): 8, ("_norm_bwd_kernel", 80): 16,
+}
 """(kernel, architecture) -> bytes of stack a thread may use, each with the reason beside it."""
 
 FLOAT32_ONLY = {"_merge_slices_kernel"}

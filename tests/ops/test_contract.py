@@ -14,7 +14,7 @@ from fastrl import ops
 from fastrl.backends import use_backend
 from fastrl.errors import BackendUnavailableError
 
-B, T, M, D, V = 3, 5, 7, 4, 11
+B, T, N, M, D, V = 3, 5, 6, 7, 4, 11
 FILES = sorted({function.__module__ for name in ops.__all__
                 if not isinstance(function := getattr(ops, name), type)})
 
@@ -48,7 +48,14 @@ CALLS: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "value_loss": lambda: ((floats(M), floats(M), floats(M), mask(M)), {}),
     "ranking_loss": lambda: (
         (floats(7), torch.tensor([0, 1, 1, 2, 1, 0, 0]), torch.tensor([0, 4, 7])), {}),
+    "rms_norm": lambda: ((floats(N, D), floats(D)), {"epsilon": 0.1}),
+    "add_rms_norm": lambda: ((floats(N, D), floats(N, D), floats(D)), {"epsilon": 0.1}),
+    "layer_norm": lambda: ((floats(N, D), floats(D), floats(D)), {"epsilon": 0.1}),
+    "add_layer_norm": lambda: (
+        (floats(N, D), floats(N, D), floats(D), floats(D)), {"epsilon": 0.1}),
 }
+KEEP_THE_TYPE = {"rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"}
+"""Layers of a model, whose results have the type of the activations."""
 
 
 def results(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Tensor]:
@@ -88,7 +95,7 @@ def test_docstrings_follow_the_template(name: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_results_are_float32_or_wider(name: str, dtype: torch.dtype) -> None:
+def test_results_are_float32_or_wider_except_of_layers(name: str, dtype: torch.dtype) -> None:
     arguments, keywords = CALLS[name]()
 
     def convert(x: Tensor) -> Tensor:
@@ -97,8 +104,9 @@ def test_results_are_float32_or_wider(name: str, dtype: torch.dtype) -> None:
     arguments = tuple(each_tensor(a, convert) for a in arguments)
     keywords = {key: each_tensor(value, convert) for key, value in keywords.items()}
     wide = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = dtype if name in KEEP_THE_TYPE else wide
     for result in results(name, arguments, keywords):
-        assert result.dtype == wide and result.isfinite().all()
+        assert result.dtype == expected and result.isfinite().all()
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -121,7 +129,7 @@ def test_non_contiguous_inputs_give_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["whiten", "kl_estimate", "shape_rewards", "compute_gae",
                                   "gather_logprobs", "policy_loss", "value_loss",
-                                  "linear_logprobs", "linear_policy_loss"])
+                                  "linear_logprobs", "linear_policy_loss", *sorted(KEEP_THE_TYPE)])
 def test_compiles_to_one_graph(name: str) -> None:
     """Plain-torch ops that a compiled training step holds; the graph only, no code generation."""
     torch.compiler.reset()  # all ops share the frame of `call`, which may recompile 8 times

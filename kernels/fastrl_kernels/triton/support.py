@@ -4,10 +4,12 @@
 kernel and type of tensor, or, with `every`, all that the launchers can ask for.
 """
 
+import math
 import os
 from typing import Any
 
 import torch
+from torch import Tensor
 
 AotCase = tuple[Any, dict[str, str], dict[str, Any]]
 """(kernel, Triton type of each argument, constants and launch options).
@@ -30,3 +32,12 @@ def supports(device_type: str, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it computes in float32, the tensors are {str(dtype).removeprefix('torch.')}"
     return None
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., D] as [N, H, D] with stride 1 in D; a view, unless strides make that impossible."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    leading = x.shape[:-1]
+    num_heads = leading[-1] if len(leading) > 1 else 1
+    return x.reshape(math.prod(leading) // num_heads, num_heads, x.shape[-1])
