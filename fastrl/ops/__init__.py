@@ -1,5 +1,6 @@
 """Operations: tensors in, tensors out, one file each, with every path of an op in its file."""
 
+from fastrl.ops.activation import gelu, swiglu
 from fastrl.ops.gae import compute_gae
 from fastrl.ops.kl import kl_estimate
 from fastrl.ops.kv_cache import write_kv
@@ -25,6 +26,7 @@ __all__ = [
     "add_rms_norm",
     "compute_gae",
     "gather_logprobs",
+    "gelu",
     "kl_estimate",
     "layer_norm",
     "linear_logprobs",
@@ -38,6 +40,7 @@ __all__ = [
     "rms_norm",
     "sample_tokens",
     "shape_rewards",
+    "swiglu",
     "value_loss",
     "whiten",
     "write_kv",

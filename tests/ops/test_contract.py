@@ -53,8 +53,10 @@ CALLS: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "layer_norm": lambda: ((floats(N, D), floats(D), floats(D)), {"epsilon": 0.1}),
     "add_layer_norm": lambda: (
         (floats(N, D), floats(N, D), floats(D), floats(D)), {"epsilon": 0.1}),
+    "swiglu": lambda: ((floats(N, 2 * D),), {}),
+    "gelu": lambda: ((floats(N, D),), {"approximate": "tanh"}),
 }
-KEEP_THE_TYPE = {"rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm"}
+KEEP_THE_TYPE = {"rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "swiglu", "gelu"}
 """Layers of a model, whose results have the type of the activations."""
 
 
