@@ -1,12 +1,14 @@
 """Builds the optional CUDA extension; everything else about the package is in pyproject.toml.
 
 `pip install .` gives a pure-Python wheel. `FASTRL_BUILD_CUDA=1 pip install --no-build-isolation .`
-compiles `csrc/` as well and stops with the reason where that is not possible. nvcc is called here,
+compiles `csrc/` as well and stops with the reason where that is not possible. TORCH_CUDA_ARCH_LIST
+restricts it to some architectures, as it does for torch's own extensions. nvcc is called here,
 because a CPU build of torch reports no CUDA home even where nvcc is present.
 """
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -44,11 +46,25 @@ def check_cuda_build() -> None:
 
 
 def gencode() -> list[str]:
-    """nvcc's options for the architectures that this nvcc knows."""
+    """nvcc's options: what TORCH_CUDA_ARCH_LIST names, else what this nvcc knows of ours."""
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if named:
+        return [gencode_of(entry) for entry in named]
     listed = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True)
     known = listed.stdout.split()
     return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES
             if f"sm_{arch.removesuffix('a')}" in known]
+
+
+def gencode_of(entry: str) -> str:
+    """nvcc's option for one entry of TORCH_CUDA_ARCH_LIST: 8.0, 9.0a or, with PTX, 9.0+PTX."""
+    match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
+    if match is None:
+        raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected entries such as 8.0, 9.0a or 9.0+PTX, "
+                         f"got {entry!r}")
+    arch = match[1] + match[2]
+    code = f"[sm_{arch},compute_{arch}]" if match[3] else f"sm_{arch}"
+    return f"-gencode=arch=compute_{arch},code={code}"
 
 
 def compile_source(source: Path, target: Path, options: list[str]) -> None:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -243,12 +244,38 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
     folder = tmp_path_factory.mktemp("build")
+    environment = {k: v for k, v in os.environ.items() if k != "TORCH_CUDA_ARCH_LIST"}
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "lib"),
          "--build-temp", str(folder / "temp")],
-        cwd=ROOT, env={**os.environ, "FASTRL_BUILD_CUDA": "1"}, capture_output=True, text=True)
+        cwd=ROOT, env={**environment, "FASTRL_BUILD_CUDA": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return SimpleNamespace(library=folder / "lib/fastrl_kernels/_C.abi3.so", report=done.stdout)
+
+
+def test_a_build_can_be_restricted_to_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.delenv("FASTRL_BUILD_CUDA", raising=False)
+    gencode = runpy.run_path(str(ROOT / "setup.py"))["gencode"]
+    for listed, expected in (
+            ("9.0a", ["-gencode=arch=compute_90a,code=sm_90a"]),
+            ("8.0;10.0+PTX", ["-gencode=arch=compute_80,code=sm_80",
+                              "-gencode=arch=compute_100,code=[sm_100,compute_100]"])):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+        assert gencode() == expected
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 Hopper")
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: .* got 'Hopper'"):
+        gencode()
+
+
+def test_the_extension_may_be_in_another_folder_on_the_path(tmp_path: Path) -> None:
+    (tmp_path / "fastrl_kernels").mkdir()
+    (tmp_path / "fastrl_kernels/_C.py").write_text("")
+    code = "import importlib.util; print(importlib.util.find_spec('fastrl_kernels._C').origin)"
+    path = f"{ROOT / 'kernels'}{os.pathsep}{tmp_path}"
+    out = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path},
+                         capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == str(tmp_path / "fastrl_kernels/_C.py")
 
 
 def test_every_kernel_compiles_without_spills(build: SimpleNamespace) -> None:
