@@ -20,7 +20,7 @@ demo: install
 	$(RUN) $(BIN)/fastrl demo
 
 test: lint types
-	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests
+	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --timeout=600 tests
 
 aot: install-test
 	FASTRL_AOT=every $(BIN)/python -m pytest -n $(JOBS) -rP tests/kernels/test_aot.py
