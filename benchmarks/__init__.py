@@ -1,1 +1,1 @@
-"""Speed of ops and of the engine. One file per op: `python -m pytest benchmarks/bench_gae.py`."""
+"""Speed of ops and of the engine; docs/benchmarks.md says how to measure and to read it."""

@@ -1,18 +1,22 @@
 """compute_gae of a rollout."""
 
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.harness import measure
+from benchmarks.cases import Case, Inputs
 from fastrl.ops import compute_gae
+from fastrl.ops.gae import compute_gae_reference
 
-B, T = 512, 1024
+
+def inputs(B: int, T: int, dtype: torch.dtype) -> Inputs:
+    rewards, values = torch.randn(2, B, T, dtype=dtype)
+    return {"rewards": rewards, "values": values,
+            "response_mask": torch.arange(T) < torch.randint(1, T, (B, 1))}
 
 
-@pytest.mark.parametrize("provider", ["torch"])
-def test_compute_gae(benchmark: BenchmarkFixture, provider: str) -> None:
-    rewards, values = torch.randn(2, B, T)
-    mask = torch.arange(T) < torch.randint(1, T, (B, 1))
-    measure(benchmark, "gae", lambda: compute_gae(rewards, values, mask, backend=provider),
-            bytes_moved=(9 + 8) * B * T)
+CASES = [Case(
+    op=compute_gae, reference=compute_gae_reference, inputs=inputs,
+    run=lambda op, **given: op(**given),
+    cpu={"B": 512, "T": 1024}, gpu={"B": 512, "T": 1024}, small={"B": 3, "T": 37},
+    bytes_moved=lambda B, T, dtype: (9 + 8) * B * T,
+    not_compiled="torch.compile unrolls the loop over time",
+)]

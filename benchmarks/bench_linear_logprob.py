@@ -1,25 +1,39 @@
 """linear_logprobs, forward and backward, beside the same with all logits in memory."""
 
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 
-from benchmarks.harness import measure
+from benchmarks.cases import Case, Inputs, Op
 from fastrl.ops import linear_logprobs
 from fastrl.ops.linear_logprob import linear_logprobs_reference
 
-M, D, V = 1024, 288, 32000
+
+def inputs(M: int, D: int, V: int, dtype: torch.dtype) -> Inputs:
+    return {"hidden": torch.randn(M, D, dtype=dtype),
+            "weight": torch.randn(V, D, dtype=dtype) * D**-0.5,
+            "token_ids": torch.randint(V, (M,))}
 
 
-@pytest.mark.parametrize("provider", ["torch", "stored_logits"])
-def test_linear_logprobs(benchmark: BenchmarkFixture, provider: str) -> None:
-    op = linear_logprobs if provider == "torch" else linear_logprobs_reference
-    hidden = torch.randn(M, D, requires_grad=True)
-    weight = (0.05 * torch.randn(V, D)).requires_grad_()
-    token_ids = torch.randint(V, (M,))
+def forward_and_backward(op: Op, hidden: Tensor, weight: Tensor, token_ids: Tensor
+                         ) -> tuple[Tensor, ...]:
+    logprobs, entropy = op(hidden, weight, token_ids)
+    gradients = torch.autograd.grad(-logprobs.mean(), (hidden, weight))
+    return (logprobs.detach(), entropy.detach(), *gradients)
 
-    def step() -> None:
-        logprobs, _ = op(hidden, weight, token_ids)
-        torch.autograd.grad(-logprobs.mean(), (hidden, weight))
 
-    measure(benchmark, "linear_logprob", step, flops=6 * M * D * V)
+CASES = [
+    Case(op=linear_logprobs, name="forward", reference=linear_logprobs_reference, inputs=inputs,
+         run=lambda op, **given: op(**given),
+         cpu={"M": 1024, "D": 288, "V": 32000}, gpu={"M": 8192, "D": 4096, "V": 151936},
+         small={"M": 9, "D": 16, "V": 301}, compared={"M": 512}, gpu_dtype=torch.bfloat16,
+         bytes_moved=lambda M, D, V, dtype: (M + V) * D * dtype.itemsize,
+         flops=lambda M, D, V, dtype: 2 * M * D * V,
+         others={"stored_logits": linear_logprobs_reference}),
+    Case(op=linear_logprobs, name="with backward", reference=linear_logprobs_reference,
+         inputs=inputs, run=forward_and_backward, gradients=("hidden", "weight"),
+         cpu={"M": 1024, "D": 288, "V": 32000}, gpu={"M": 8192, "D": 4096, "V": 151936},
+         small={"M": 9, "D": 16, "V": 301}, compared={"M": 512}, gpu_dtype=torch.bfloat16,
+         bytes_moved=lambda M, D, V, dtype: 2 * (M + V) * D * dtype.itemsize,
+         flops=lambda M, D, V, dtype: 6 * M * D * V,
+         others={"stored_logits": linear_logprobs_reference}),
+]

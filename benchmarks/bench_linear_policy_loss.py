@@ -1,36 +1,51 @@
 """linear_policy_loss, forward and backward, beside log_softmax, gather and autograd.
 
-The size at which the extra memory has to be at most a fifth of the plain way's, and the time no
-longer.
+On a CPU the size is the one at which the extra memory has to be at most a fifth of the plain
+way's, and the time no longer: benchmarks/results/linear_policy_loss_cpu_*.json.
 """
 
-import pytest
+from typing import Any
+
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 
-from benchmarks.harness import measure
-from fastrl.ops import linear_policy_loss, policy_loss
+from benchmarks.cases import Case, Inputs, Op
+from fastrl.ops import linear_policy_loss
+from fastrl.ops.linear_policy_loss import linear_policy_loss_reference
+from fastrl.ops.policy_loss import PolicyStats, policy_loss_reference
 
-M, D, V = 4096, 288, 32000
+
+def inputs(M: int, D: int, V: int, dtype: torch.dtype) -> Inputs:
+    # Old log-probs near the new ones of such weights, so that some ratios are clipped.
+    return {"hidden": torch.randn(M, D, dtype=dtype),
+            "weight": torch.randn(V, D, dtype=dtype) * D**-0.5,
+            "token_ids": torch.randint(V, (M,)),
+            "old_logprobs": -torch.full((M,), float(V)).log() - 0.5 + torch.randn(M),
+            "advantages": torch.randn(M), "loss_mask": torch.rand(M) > 0.1}
 
 
-@pytest.mark.parametrize("provider", ["torch", "plain"])
-def test_linear_policy_loss(benchmark: BenchmarkFixture, provider: str) -> None:
-    hidden = torch.randn(M, D, requires_grad=True)
-    weight = (0.05 * torch.randn(V, D)).requires_grad_()
-    token_ids, advantages = torch.randint(V, (M,)), torch.randn(M)
-    old_logprobs, mask = torch.full((M,), -10.4), torch.ones(M, dtype=torch.bool)
+def plain(hidden: Tensor, weight: Tensor, token_ids: Tensor, old_logprobs: Tensor,
+          advantages: Tensor, loss_mask: Tensor, *, denominator: float
+          ) -> tuple[Tensor, PolicyStats]:
+    """What a trainer without the op writes: log_softmax, gather, autograd."""
+    all_logprobs = torch.log_softmax((hidden @ weight.T).float(), dim=-1)
+    logprobs = all_logprobs.gather(1, token_ids[:, None]).squeeze(1)
+    return policy_loss_reference(logprobs, old_logprobs, advantages, loss_mask,
+                                 denominator=denominator)
 
-    def fused() -> torch.Tensor:
-        return linear_policy_loss(hidden, weight, token_ids, old_logprobs, advantages, mask,
-                                  denominator=M, backend=provider)[0]
 
-    def plain() -> torch.Tensor:
-        all_logprobs = torch.log_softmax(hidden @ weight.T, dim=-1)
-        logprobs = all_logprobs.gather(1, token_ids[:, None]).squeeze(1)
-        return policy_loss(logprobs, old_logprobs, advantages, mask)[0]
+def forward_and_backward(op: Op, hidden: Tensor, weight: Tensor, **others: Any
+                         ) -> tuple[Tensor, ...]:
+    loss, _ = op(hidden, weight, **others, denominator=float(len(hidden)))
+    return (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
 
-    def step() -> None:
-        torch.autograd.grad(plain() if provider == "plain" else fused(), (hidden, weight))
 
-    measure(benchmark, "linear_policy_loss", step, flops=6 * M * D * V)
+CASES = [Case(
+    op=linear_policy_loss, reference=linear_policy_loss_reference, inputs=inputs,
+    run=forward_and_backward, gradients=("hidden", "weight"),
+    cpu={"M": 4096, "D": 288, "V": 32000}, gpu={"M": 8192, "D": 4096, "V": 151936},
+    small={"M": 9, "D": 16, "V": 301}, compared={"M": 512}, gpu_dtype=torch.bfloat16,
+    bytes_moved=lambda M, D, V, dtype: 2 * (M + V) * D * dtype.itemsize,
+    flops=lambda M, D, V, dtype: 6 * M * D * V,
+    others={"plain": plain},
+)]

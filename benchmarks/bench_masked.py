@@ -1,17 +1,19 @@
 """masked_mean of a rollout's advantages."""
 
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.harness import measure
+from benchmarks.cases import Case, Inputs
 from fastrl.ops import masked_mean
+from fastrl.ops.masked import masked_mean_reference
 
-B, T = 512, 256
+
+def inputs(B: int, T: int, dtype: torch.dtype) -> Inputs:
+    return {"values": torch.randn(B, T, dtype=dtype), "mask": torch.rand(B, T) > 0.2}
 
 
-@pytest.mark.parametrize("provider", ["torch"])
-def test_masked_mean(benchmark: BenchmarkFixture, provider: str) -> None:
-    values, mask = torch.randn(B, T), torch.rand(B, T) > 0.2
-    measure(benchmark, "masked", lambda: masked_mean(values, mask, backend=provider),
-            bytes_moved=5 * B * T)
+CASES = [Case(
+    op=masked_mean, reference=masked_mean_reference, inputs=inputs,
+    run=lambda op, **given: op(**given),
+    cpu={"B": 512, "T": 256}, gpu={"B": 512, "T": 1024}, small={"B": 3, "T": 37},
+    bytes_moved=lambda B, T, dtype: 5 * B * T,
+)]

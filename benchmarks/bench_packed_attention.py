@@ -1,27 +1,46 @@
-"""packed_attention forward and backward: equal and mixed lengths."""
+"""packed_attention, forward and backward: equal and mixed lengths."""
 
-import pytest
+from functools import partial
+
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 
-from benchmarks.harness import measure
+from benchmarks.cases import Case, Inputs, Op
 from fastrl.ops import packed_attention
+from fastrl.ops.packed_attention import packed_attention_reference
 
-B, LENGTH, HEADS, KV_HEADS, CHANNELS = 64, 64, 8, 4, 8
+
+def lengths(B: int, S: int, mixed: bool) -> list[int]:
+    """Tokens of each sequence: S, or from S / 8 to S."""
+    return [S // 8 + (S - S // 8) * b // max(1, B - 1) if mixed else S for b in range(B)]
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["equal", "mixed"])
-@pytest.mark.parametrize("provider", ["torch"])
-def test_forward_and_backward(benchmark: BenchmarkFixture, provider: str, mixed: bool) -> None:
-    lengths = torch.randint(8, LENGTH + 1, (B,)) if mixed else torch.full((B,), LENGTH)
-    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    query, key, value = (torch.randn(int(lengths.sum()), heads, CHANNELS, requires_grad=True)
-                         for heads in (HEADS, KV_HEADS, KV_HEADS))
+def inputs(B: int, S: int, Hq: int, Hk: int, C: int, dtype: torch.dtype, mixed: bool) -> Inputs:
+    tokens = lengths(B, S, mixed)
+    query, key, value = (torch.randn(sum(tokens), heads, C, dtype=dtype)
+                         for heads in (Hq, Hk, Hk))
+    return {"query": query, "key": key, "value": value, "max_seqlen": S,
+            "cu_seqlens": torch.tensor([0, *tokens]).cumsum(0)}
 
-    def step() -> None:
-        out = packed_attention(query, key, value, cu_seqlens, max_seqlen=LENGTH,
-                               scale=CHANNELS**-0.5, backend=provider)
-        torch.autograd.grad(out.sum(), [query, key, value])
 
-    pairs = int((lengths * (lengths + 1) // 2).sum())
-    measure(benchmark, "packed_attention", step, flops=14 * pairs * HEADS * CHANNELS)
+def forward_and_backward(op: Op, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor,
+                         max_seqlen: int) -> tuple[Tensor, ...]:
+    out = op(query, key, value, cu_seqlens, max_seqlen=max_seqlen, scale=query.shape[2] ** -0.5)
+    return (out.detach(), *torch.autograd.grad(out.square().sum(), (query, key, value)))
+
+
+def flops(B: int, S: int, Hq: int, Hk: int, C: int, dtype: torch.dtype, mixed: bool) -> int:
+    pairs = sum(length * (length + 1) // 2 for length in lengths(B, S, mixed))
+    return 14 * pairs * Hq * C
+
+
+CASES = [
+    Case(op=packed_attention, name="mixed" if mixed else "equal",
+         reference=packed_attention_reference, inputs=partial(inputs, mixed=mixed),
+         run=forward_and_backward, gradients=("query", "key", "value"),
+         cpu={"B": 64, "S": 64, "Hq": 8, "Hk": 4, "C": 8},
+         gpu={"B": 8, "S": 1024, "Hq": 32, "Hk": 8, "C": 128},
+         small={"B": 3, "S": 17, "Hq": 4, "Hk": 2, "C": 16}, gpu_dtype=torch.bfloat16,
+         flops=partial(flops, mixed=mixed))
+    for mixed in (False, True)
+]

@@ -1,20 +1,21 @@
 """shape_rewards of a rollout."""
 
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.harness import measure
+from benchmarks.cases import Case, Inputs
 from fastrl.ops import shape_rewards
+from fastrl.ops.rewards import shape_rewards_reference
 
-B, T = 512, 256
+
+def inputs(B: int, T: int, dtype: torch.dtype) -> Inputs:
+    logprobs, ref_logprobs = -torch.rand(2, B, T, dtype=dtype)
+    return {"scores": torch.randn(B), "logprobs": logprobs, "ref_logprobs": ref_logprobs,
+            "response_mask": torch.arange(T) < torch.randint(1, T, (B, 1)), "kl_coef": 0.02}
 
 
-@pytest.mark.parametrize("provider", ["torch"])
-def test_shape_rewards(benchmark: BenchmarkFixture, provider: str) -> None:
-    logprobs, ref_logprobs = torch.randn(2, B, T)
-    scores, mask = torch.randn(B), torch.arange(T) < torch.randint(1, T, (B, 1))
-    measure(benchmark, "rewards",
-            lambda: shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef=0.02,
-                                  backend=provider),
-            bytes_moved=(9 + 8) * B * T)
+CASES = [Case(
+    op=shape_rewards, reference=shape_rewards_reference, inputs=inputs,
+    run=lambda op, **given: op(**given),
+    cpu={"B": 512, "T": 256}, gpu={"B": 512, "T": 1024}, small={"B": 3, "T": 37},
+    bytes_moved=lambda B, T, dtype: (9 + 8) * B * T,
+)]

@@ -1,23 +1,28 @@
 """value_loss, forward and backward, of a minibatch."""
 
-import pytest
+from typing import Any
+
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 
-from benchmarks.harness import measure
+from benchmarks.cases import Case, Inputs, Op
 from fastrl.ops import value_loss
+from fastrl.ops.value_loss import value_loss_reference
 
-M = 64 * 1024
+
+def inputs(M: int, dtype: torch.dtype) -> Inputs:
+    values, noise, returns = torch.randn(3, M, dtype=dtype)
+    return {"values": values, "old_values": values + 0.2 * noise, "returns": returns,
+            "loss_mask": torch.rand(M) > 0.2}
 
 
-@pytest.mark.parametrize("provider", ["torch"])
-def test_value_loss(benchmark: BenchmarkFixture, provider: str) -> None:
-    values, old_values, returns = torch.randn(3, M)
-    values.requires_grad_()
-    mask = torch.rand(M) > 0.2
+def forward_and_backward(op: Op, values: Tensor, **others: Any) -> tuple[Tensor, ...]:
+    loss, _ = op(values, **others)
+    return (loss.detach(), *torch.autograd.grad(loss, [values]))
 
-    def step() -> None:
-        loss, _ = value_loss(values, old_values, returns, mask, backend=provider)
-        torch.autograd.grad(loss, values)
 
-    measure(benchmark, "value_loss", step, bytes_moved=(13 + 4) * M)
+CASES = [Case(
+    op=value_loss, reference=value_loss_reference, inputs=inputs, run=forward_and_backward,
+    gradients=("values",), cpu={"M": 64 * 1024}, gpu={"M": 64 * 1024}, small={"M": 77},
+    bytes_moved=lambda M, dtype: (13 + 4) * M,
+)]

@@ -1,21 +1,27 @@
 """whiten of a rollout's advantages, with and without the moments that compute_gae gives."""
 
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.harness import measure
+from benchmarks.cases import Case, Inputs
 from fastrl.ops import whiten
-from fastrl.ops.whiten import row_moments
-
-B, T = 512, 256
+from fastrl.ops.whiten import row_moments, whiten_reference
 
 
-@pytest.mark.parametrize("has_moments", [False, True])
-@pytest.mark.parametrize("provider", ["torch"])
-def test_whiten(benchmark: BenchmarkFixture, has_moments: bool, provider: str) -> None:
-    values, mask = torch.randn(B, T), torch.rand(B, T) > 0.2
-    moments = row_moments(values, mask) if has_moments else None
-    reads = 5 if has_moments else 10
-    measure(benchmark, "whiten", lambda: whiten(values, mask, moments=moments, backend=provider),
-            bytes_moved=(reads + 4) * B * T)
+def inputs(B: int, T: int, dtype: torch.dtype) -> Inputs:
+    return {"values": torch.randn(B, T, dtype=dtype), "mask": torch.rand(B, T) > 0.2}
+
+
+def inputs_with_moments(B: int, T: int, dtype: torch.dtype) -> Inputs:
+    given = inputs(B, T, dtype)
+    return {**given, "moments": row_moments(**given)}
+
+
+CASES = [
+    Case(op=whiten, name=name, reference=whiten_reference, inputs=make,
+         run=lambda op, **given: op(**given),
+         cpu={"B": 512, "T": 256}, gpu={"B": 512, "T": 1024}, small={"B": 3, "T": 37},
+         bytes_moved=bytes_moved)
+    for name, make, bytes_moved in (
+        ("", inputs, lambda B, T, dtype: (10 + 4) * B * T),
+        ("moments given", inputs_with_moments, lambda B, T, dtype: (5 + 4) * B * T))
+]

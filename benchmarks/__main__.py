@@ -1,0 +1,67 @@
+"""The benchmarks of fastrl: `python -m benchmarks kernels`; docs/benchmarks.md says how."""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.cases import load_cases
+from benchmarks.kernels import DeviceInError, Settings, run_kernels
+from benchmarks.results import file_name, table
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    root = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parts = root.add_subparsers(dest="part", required=True)
+    kernels = parts.add_parser("kernels", help="every op by every provider")
+    kernels.add_argument("--device", choices=("cuda", "cpu"),
+                         default="cuda" if torch.cuda.is_available() else "cpu")
+    kernels.add_argument("--ops", nargs="*", default=[], help="by function or file; all")
+    kernels.add_argument("--providers", nargs="*", default=[],
+                         help="all; on a CPU all but compile")
+    kernels.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    kernels.add_argument("--topic", default="kernels", help="first word of the file's name")
+    kernels.add_argument("--small", action="store_true", help="sizes for trying the flow")
+    kernels.add_argument("--check_only", action="store_true", help="compare, time nothing")
+    kernels.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS",
+                         help="begin no case after so long")
+    kernels.add_argument("--resume", action="store_true",
+                         help="keep what today's file has, measure what it skipped")
+    return root
+
+
+def kernels(options: argparse.Namespace) -> int:
+    """Run the op benches; 1 when something of fastrl's is wrong."""
+    begin = time.monotonic()
+    settings = Settings(device=options.device, small=options.small,
+                        wanted=tuple(options.providers), check_only=options.check_only,
+                        deadline=begin + options.budget)
+    path = options.out / file_name(options.topic, options.device)
+    try:
+        rows = run_kernels(settings, load_cases(options.ops), path, options.topic, options.resume)
+    except DeviceInError as error:
+        left = options.budget - (time.monotonic() - begin)
+        print(f"the device is in error ({error}); a new process goes on", flush=True)
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:], "--resume",
+                                  f"--budget={left}"])
+    print(table(rows))
+    failures = [row for row in rows if row.is_failure]
+    print(f"{path}: {len(rows)} rows, {len(failures)} wrong")
+    return 1 if failures else 0
+
+
+PARTS = {"kernels": kernels}
+
+
+def main() -> int:
+    """Exit status of the command line."""
+    options = parser().parse_args()
+    return PARTS[options.part](options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
