@@ -1,0 +1,66 @@
+"""benchmarks/gpu.sh on a machine without a GPU: the same flow at small sizes."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.results import load
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The script with this Python and no GPU."""
+    if shutil.which("bash") is None:
+        pytest.skip("needs bash")
+    return subprocess.run(
+        ["bash", str(ROOT / "benchmarks/gpu.sh"), *arguments], capture_output=True, text=True,
+        env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **variables})
+
+
+@pytest.mark.slow
+def test_the_kernels_part_without_a_gpu(tmp_path: Path) -> None:
+    done = script("kernels", OUT=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("no GPU, torch ") and "missing: " in done.stdout.splitlines()[0]
+    for step in ("build", "tests", "memcheck"):
+        assert f"{step:<11}    -    skipped: no GPU" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("passed")
+    (path,) = tmp_path.glob("kernels_cpu_*.json")
+    document, rows = load(path)
+    assert "--small" in document["command"]
+    assert {row.status for row in rows if row.provider == "torch"} == {"ok"}
+
+
+def test_an_unknown_part_is_an_error_that_names_the_known(tmp_path: Path) -> None:
+    done = script("nothing", OUT=str(tmp_path / "out"))
+    assert done.returncode == 2 and "unknown part 'nothing'; known: " in done.stderr
+    assert "kernels" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_failing_step_fails_the_script_and_is_in_its_summary(tmp_path: Path) -> None:
+    """A Python that can describe the machine and nothing else."""
+    python = tmp_path / "python"
+    python.write_text(f"""#!/usr/bin/env bash
+[ "$2" = benchmarks.machine ] && exec {sys.executable} "$@"
+exit 3
+""")
+    python.chmod(0o755)
+    done = script("kernels", OUT=str(tmp_path / "out"), PYTHON=str(python))
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1].endswith("FAILED with 3")
+
+
+def test_the_tests_that_need_a_gpu_run_without_the_plugins(tmp_path: Path) -> None:
+    """A bare machine has pytest and none of the plugins that pyproject.toml's settings know."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--collect-only",
+         "-p", "no:cacheprovider", "tests/kernels", "tests/ops"],
+        cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_on_a_gpu" in done.stdout
