@@ -1,5 +1,7 @@
 """linear_logprobs, forward and backward, beside the same with all logits in memory."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,8 @@ CASES = [
          small={"M": 9, "D": 16, "V": 301}, compared={"M": 512}, gpu_dtype=torch.bfloat16,
          bytes_moved=lambda M, D, V, dtype: (M + V) * D * dtype.itemsize,
          flops=lambda M, D, V, dtype: 2 * M * D * V,
-         others={"stored_logits": linear_logprobs_reference}),
+         others={"stored_logits": linear_logprobs_reference,
+                 "triton_no_logits": partial(linear_logprobs, backend="triton", logits="none")}),
     Case(op=linear_logprobs, name="with backward", reference=linear_logprobs_reference,
          inputs=inputs, run=forward_and_backward, gradients=("hidden", "weight"),
          cpu={"M": 1024, "D": 288, "V": 32000}, gpu={"M": 8192, "D": 4096, "V": 151936},

@@ -71,7 +71,7 @@ class Row:
     @property
     def is_failure(self) -> bool:
         """True when something of fastrl's is broken, not merely absent."""
-        return self.provider in OWN and self.status in ("wrong", "error")
+        return self.provider.split("_")[0] in OWN and self.status in ("wrong", "error")
 
     def timed(self, timing: Timing, peak: int | None, measured: Ceilings | None,
               assumed: Ceilings | None) -> "Row":

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -317,3 +320,16 @@ def test_in_place_ops_start_from_fresh_inputs() -> None:
     fresh = make_inputs(declared, {"B": 3, "T": 37}, "cpu", seed=0)
     assert seen == [float(fresh["values"].sum())]
     assert len(call(declared, masked_mean_reference, fresh)) == 1
+
+
+def test_every_triton_kernel_passes_the_comparison_in_the_interpreter(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks", "kernels", "--device", "cpu",
+         "--small", "--check_only", "--providers", "triton", "--out", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1",
+             "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))})
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("kernels_cpu_*.json")
+    _, rows = results.load(path)
+    assert len(rows) >= 12 and {row.status for row in rows} == {"checked"}
