@@ -94,6 +94,10 @@ GLOSSARY: dict[str, Term] = {
         ("TRL: val/ratio",)),
     "ratio/first_minibatch_max_error": Term(
         "Largest distance of that ratio from 1 over the tokens of the first minibatch."),
+    "ratio/effective_share": Term(
+        "Effective sample size of a minibatch under the ratios w of new to old probability, "
+        "(sum w)^2 / sum w^2, as a share of its tokens: 1 while the policy has not moved, small "
+        "when few tokens outweigh the rest."),
     "loss/policy": Term("The clipped policy loss, mean over the iteration's minibatches.",
                         ("TRL: loss/policy_avg", "OpenRLHF: policy_loss", "verl: actor/pg_loss")),
     "loss/value": Term("The clipped value loss, mean over the iteration's minibatches.",

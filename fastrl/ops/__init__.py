@@ -12,6 +12,7 @@ from fastrl.ops.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastrl.ops.packed_attention import packed_attention
 from fastrl.ops.paged_attention import paged_attention
 from fastrl.ops.policy_loss import PolicyStats, policy_loss
+from fastrl.ops.ppo_loss import ppo_loss
 from fastrl.ops.ranking_loss import RankingStats, ranking_loss
 from fastrl.ops.rewards import shape_rewards
 from fastrl.ops.sampling import sample_tokens
@@ -36,6 +37,7 @@ __all__ = [
     "packed_attention",
     "paged_attention",
     "policy_loss",
+    "ppo_loss",
     "ranking_loss",
     "rms_norm",
     "sample_tokens",

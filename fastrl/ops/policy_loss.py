@@ -19,7 +19,8 @@ from fastrl.checks import (
     wide_dtype,
 )
 
-PREFERENCE = ("torch",)
+# Order by measurement; no GPU result yet, so "auto" keeps the proven path.
+PREFERENCE = ("torch", "triton")
 MAX_LOG_RATIO = 20.0
 """The log-ratio is held within plus and minus this, so that the ratio stays finite."""
 
@@ -43,6 +44,8 @@ class PolicyStats:
     """The same KL, estimated by ratio - 1 - log_ratio: unbiased for samples of the old policy."""
     ratio: Tensor
     """Probability ratios."""
+    squared_ratio: Tensor
+    """Probability ratios squared."""
     entropy: Tensor
     """Entropies in nats; 0 where the op does not know them (policy_loss)."""
     max_abs_log_ratio: Tensor
@@ -53,6 +56,14 @@ class PolicyStats:
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
         largest = torch.maximum(self.max_abs_log_ratio, other.max_abs_log_ratio)
         return PolicyStats(**{**sums, "max_abs_log_ratio": largest})
+
+    @property
+    def effective_sample_size(self) -> Tensor:
+        """(sum w)^2 / sum w^2 of the ratios w: `count` where all are equal, 1 where one rules.
+
+        Source: Kish 1965, section 11.7.
+        """
+        return self.ratio.square() / self.squared_ratio
 
 
 def token_losses(
@@ -73,13 +84,15 @@ def token_losses(
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     losses = torch.maximum(unclipped, clipped)
     wide = log_ratio.detach().double()
+    weights = ratio.detach().double().masked_fill(~loss_mask, 0.0)
     stats = PolicyStats(
         count=loss_mask.double().sum(),
         policy_loss=losses.detach().double().sum(),
         clip_fraction=(clipped > unclipped).double().sum(),
         approx_kl=0.5 * wide.square().sum(),
         approx_kl_k3=(wide.expm1() - wide).sum(),
-        ratio=ratio.detach().double().masked_fill(~loss_mask, 0.0).sum(),
+        ratio=weights.sum(),
+        squared_ratio=weights.square().sum(),
         entropy=torch.zeros_like(wide.sum()) if entropy is None
         else entropy.detach().double().masked_fill(~loss_mask, 0.0).sum(),
         max_abs_log_ratio=torch.cat([exact.detach().double().abs(), wide.new_zeros(1)]).amax(),
@@ -142,13 +155,14 @@ def policy_loss(
         clip_range: eps.
         backend: See fastrl.backends.
     Returns:
-        loss: Scalar float32 (float64 for float64); 0 when nothing counts.
+        loss: Scalar float32 (float64 for float64); 0 when nothing counts. triton: differentiable
+            once, by logprobs.
         stats: PolicyStats.
     Raises:
         ShapeError: when shapes, dtypes or devices do not fit together.
         ConfigError: when denominator or clip_range is not above 0.
         BackendUnavailableError: when a backend is named that cannot run.
-    Cost: a few passes over [M].
+    Cost: a few passes over [M] (triton: one, and one over the gradient).
     Source: Schulman et al. 2017 (arXiv 1707.06347), eq. 7.
     Example:
         >>> logprobs, old = torch.tensor([0.5]).log(), torch.tensor([0.25]).log()
@@ -157,6 +171,14 @@ def policy_loss(
         (-1.2, 1.0)
     """
     _check(logprobs, old_logprobs, advantages, loss_mask, denominator, clip_range)
-    choose("policy_loss", "policy_loss", PREFERENCE, logprobs.device.type, logprobs.dtype, backend)
+    name = choose("policy_loss", "policy_loss", PREFERENCE, logprobs.device.type, logprobs.dtype,
+                  backend)
+    if name == "triton":
+        from fastrl_kernels.triton import policy_loss as kernel
+
+        loss, sums = kernel.policy_loss(
+            logprobs, old_logprobs, advantages, loss_mask, denominator=denominator,
+            clip_range=clip_range, max_log_ratio=MAX_LOG_RATIO)
+        return loss, PolicyStats(*sums)
     return policy_loss_reference(logprobs, old_logprobs, advantages, loss_mask,
                                  denominator=denominator, clip_range=clip_range)

@@ -19,7 +19,8 @@ from fastrl.checks import (
     wide_dtype,
 )
 
-PREFERENCE = ("torch",)
+# Order by measurement; no GPU result yet, so "auto" keeps the proven path.
+PREFERENCE = ("torch", "triton")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +128,14 @@ def value_loss(
         value_clip_range: eps; None: plain squared error.
         backend: See fastrl.backends.
     Returns:
-        loss: Scalar float32 (float64 for float64); 0 when nothing counts.
+        loss: Scalar float32 (float64 for float64); 0 when nothing counts. triton: differentiable
+            once, by values.
         stats: ValueStats.
     Raises:
         ShapeError: when shapes, dtypes or devices do not fit together.
         ConfigError: when denominator or value_clip_range is not above 0.
         BackendUnavailableError: when a backend is named that cannot run.
-    Cost: a few passes over [M].
+    Cost: a few passes over [M] (triton: one, and one over the gradient).
     Source: Ziegler et al. 2019 (arXiv 1909.08593), code.
     Example:
         >>> one = torch.ones(1)
@@ -142,6 +144,12 @@ def value_loss(
         (0.845, 1.0)
     """
     _check(values, old_values, returns, loss_mask, denominator, value_clip_range)
-    choose("value_loss", "value_loss", PREFERENCE, values.device.type, values.dtype, backend)
+    name = choose("value_loss", "value_loss", PREFERENCE, values.device.type, values.dtype, backend)
+    if name == "triton":
+        from fastrl_kernels.triton import value_loss as kernel
+
+        loss, sums = kernel.value_loss(values, old_values, returns, loss_mask,
+                                       denominator=denominator, value_clip_range=value_clip_range)
+        return loss, ValueStats(*sums)
     return value_loss_reference(values, old_values, returns, loss_mask, denominator=denominator,
                                 value_clip_range=value_clip_range)

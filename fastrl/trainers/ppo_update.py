@@ -125,6 +125,7 @@ def backward_policy(
         "loss/policy": float(stats.policy_loss / stats.count),
         "clip/fraction": float(stats.clip_fraction / stats.count),
         "kl/approx": float(stats.approx_kl / stats.count),
+        "ratio/effective_share": float(stats.effective_sample_size / stats.count),
     }
     if measures_ratio:
         ratio = torch.cat(ratios)

@@ -172,12 +172,13 @@ def test_not_contiguous() -> None:
 def test_a_token_does_not_depend_on_the_others() -> None:
     case = Case()
     logits = torch.randn(9, 300)
-    together = torch.full((8, 9), torch.nan, dtype=torch.float64)
+    K = kernels.NUM_STATS
+    together = torch.full((K, 9), torch.nan, dtype=torch.float64)
     inputs = [case.token_ids, case.old_logprobs, case.advantages, case.loss_mask]
     settings = (None, torch.float32, 0.2, 1.0, 0.1, 20.0)
     all_gradients = kernels.policy_loss_of_logits(logits.clone(), *inputs, together, *settings)
     for m in range(9):
-        alone, row = torch.full((8, 1), torch.nan, dtype=torch.float64), slice(m, m + 1)
+        alone, row = torch.full((K, 1), torch.nan, dtype=torch.float64), slice(m, m + 1)
         gradient = kernels.policy_loss_of_logits(logits[row].clone(), *(x[row] for x in inputs),
                                                  alone, *settings)
         assert torch.equal(alone[:, 0], together[:, m])

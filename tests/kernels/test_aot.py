@@ -23,7 +23,7 @@ ALLOWED_SPILLS: dict[tuple[str, int], int] = {
 }
 """(kernel, architecture) -> bytes of stack a thread may use, each with the reason beside it."""
 
-FLOAT32_ONLY = {"_merge_slices_kernel"}
+FLOAT32_ONLY = {"_merge_slices_kernel", "_ppo_loss_reduce_kernel"}
 """Kernels that read nothing but what another kernel wrote in float32."""
 
 

@@ -46,6 +46,8 @@ CALLS: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
         {"denominator": 5.0, "bias": floats(V), "entropy_coef": 0.1}),
     "policy_loss": lambda: ((floats(M), floats(M), floats(M), mask(M)), {}),
     "value_loss": lambda: ((floats(M), floats(M), floats(M), mask(M)), {}),
+    "ppo_loss": lambda: (
+        (floats(M), floats(M), floats(M), floats(M), floats(M), floats(M), mask(M)), {}),
     "ranking_loss": lambda: (
         (floats(7), torch.tensor([0, 1, 1, 2, 1, 0, 0]), torch.tensor([0, 4, 7])), {}),
     "rms_norm": lambda: ((floats(N, D), floats(D)), {"epsilon": 0.1}),
@@ -130,7 +132,7 @@ def test_non_contiguous_inputs_give_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["whiten", "kl_estimate", "shape_rewards", "compute_gae",
-                                  "gather_logprobs", "policy_loss", "value_loss",
+                                  "gather_logprobs", "policy_loss", "value_loss", "ppo_loss",
                                   "linear_logprobs", "linear_policy_loss", *sorted(KEEP_THE_TYPE)])
 def test_compiles_to_one_graph(name: str) -> None:
     """Plain-torch ops that a compiled training step holds; the graph only, no code generation."""

@@ -36,9 +36,19 @@ def test_statistics_are_sums_over_the_mask() -> None:
     assert stats.approx_kl.item() == pytest.approx(0.5 * (0.5 ** 2 + 0.1 ** 2), abs=1e-6)
     assert stats.approx_kl_k3.item() == pytest.approx(0.1487213 + 0.0051709, abs=1e-6)
     assert stats.ratio.item() == pytest.approx(1.6487213 + 1.1051709, abs=1e-6)
+    assert stats.squared_ratio.item() == pytest.approx(2.7182818 + 1.2214028, abs=1e-6)
     assert stats.policy_loss.item() == pytest.approx(-1.2 - 1.1051709, abs=1e-6)
     assert stats.max_abs_log_ratio.item() == 0.5
     assert stats.entropy.item() == 0.0
+
+
+def test_effective_sample_size() -> None:
+    """Equal ratios count in full; of 1 and 3 the sum is 4, squared 16, over 1 + 9."""
+    ratios, mask = torch.tensor([1.0, 3.0, 1.0, 1e9]), torch.tensor([True, True, True, False])
+    for kept, expected in ((slice(0, 3, 2), 2.0), (slice(0, 2), 1.6), (slice(0, 4), 25 / 11)):
+        _, stats = policy_loss(ratios[kept].log(), torch.zeros(4)[kept], torch.ones(4)[kept],
+                               mask[kept])
+        assert stats.effective_sample_size.item() == pytest.approx(expected)
 
 
 def test_statistics_add_up() -> None:

@@ -66,6 +66,7 @@ def test_the_loss_itself_starts_at_ratio_1(task: SimpleNamespace, variant: str) 
                                 **VARIANTS[variant])
     metrics = trainer.step()
     assert metrics["kl/approx"] < 1e-8 and metrics["clip/fraction"] == 0
+    assert metrics["ratio/effective_share"] == pytest.approx(1.0, abs=1e-6)
     assert metrics["clip/value_fraction"] == 0
 
 
@@ -410,4 +411,5 @@ EXPECTED_METRICS = {
     "value/explained_variance", "response/length_mean", "response/eos_rate", "loss/ptx",
     "eval/ptx_loss", "grad/policy_norm", "grad/critic_norm", "lr/policy", "lr/critic", "value/mean",
     "value/return_mean", "advantage/std", "ratio/first_minibatch_mean", "logprob/gap_max",
+    "ratio/effective_share",
 }

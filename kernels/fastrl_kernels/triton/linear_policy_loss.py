@@ -40,40 +40,19 @@ from fastrl_kernels.triton.logprob import (
     token_score,
     write_gradient,
 )
+from fastrl_kernels.triton.ppo_loss import policy_token
 from fastrl_kernels.triton.support import DTYPES, AotCase, supports
 
 __all__ = ["aot_cases", "linear_policy_loss", "supports"]
-NUM_STATS = 8
-"""count, loss, clipped, k2, k3, ratio, entropy: sums; |log_ratio|: the largest."""
-
-
-@triton.jit
-def _token_loss(  # type: ignore[no-untyped-def]
-    logprob, old_logprob, advantage, clip_range, max_log_ratio,
-):
-    """A token's log-ratios (exact and held), ratio, loss, whether clipped, and derivative.
-
-    Comparisons, not min and max, so that NaN stays NaN.
-    """
-    exact = logprob - old_logprob
-    log_ratio = tl.where(exact > max_log_ratio, max_log_ratio, exact)
-    log_ratio = tl.where(exact < -max_log_ratio, -max_log_ratio, log_ratio)
-    ratio = tl.exp(log_ratio)
-    held = tl.where(ratio > 1 + clip_range, 1 + clip_range, ratio)
-    held = tl.where(ratio < 1 - clip_range, 1 - clip_range, held)
-    unclipped = -advantage * ratio
-    clipped = -advantage * held
-    is_clipped = clipped > unclipped
-    loss = tl.where(is_clipped, clipped, unclipped)
-    is_cut = is_clipped | (tl.abs(exact) > max_log_ratio)
-    return exact, log_ratio, ratio, loss, is_clipped, tl.where(is_cut, 0.0, unclipped)
+NUM_STATS = 9
+"""count, loss, clipped, k2, k3, ratio, ratio^2, entropy: sums; |log_ratio|: the largest."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _policy_loss_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, bias_ptr, token_ids_ptr, old_logprobs_ptr, advantages_ptr, mask_ptr, dlogits_ptr,
     stats_ptr, num_columns, stride_logits_m, stride_dlogits_m, stride_stats_k,
-    inverse_temperature, clip_range, entropy_coef, max_log_ratio,
+    inverse_temperature, ratio_low, ratio_high, entropy_coef, max_log_ratio,
     HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, WRITES_GRADIENT: tl.constexpr,
     NUM_STATS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):
@@ -87,9 +66,9 @@ def _policy_loss_kernel(  # type: ignore[no-untyped-def]
                                                inverse_temperature, HAS_BIAS, BLOCK_V)
         token = tl.load(token_ids_ptr + row)
         z = token_score(row_ptr, bias_ptr, token, num_columns, 1, inverse_temperature, HAS_BIAS)
-        exact, log_ratio, ratio, loss, is_clipped, dlogprob = _token_loss(
+        exact, log_ratio, ratio, loss, is_clipped, dlogprob = policy_token(
             z - maximum - log_sum, tl.load(old_logprobs_ptr + row).to(tl.float32),
-            tl.load(advantages_ptr + row).to(tl.float32), clip_range, max_log_ratio)
+            tl.load(advantages_ptr + row).to(tl.float32), ratio_low, ratio_high, max_log_ratio)
         wide = log_ratio.to(tl.float64)  # exp(u) - 1 - u cancels for ratios near 1
         tl.store(stats_ptr, 1.0)
         tl.store(stats_ptr + stride, loss)
@@ -97,8 +76,9 @@ def _policy_loss_kernel(  # type: ignore[no-untyped-def]
         tl.store(stats_ptr + 3 * stride, 0.5 * wide * wide)
         tl.store(stats_ptr + 4 * stride, tl.exp(wide) - 1.0 - wide)
         tl.store(stats_ptr + 5 * stride, ratio)
-        tl.store(stats_ptr + 6 * stride, entropy)
-        tl.store(stats_ptr + 7 * stride, tl.abs(exact))
+        tl.store(stats_ptr + 6 * stride, ratio.to(tl.float64) * ratio)
+        tl.store(stats_ptr + 7 * stride, entropy)
+        tl.store(stats_ptr + 8 * stride, tl.abs(exact))
         if WRITES_GRADIENT:
             write_gradient(row_ptr, bias_ptr, drow_ptr, token, maximum, log_sum, entropy, dlogprob,
                            -entropy_coef, 1.0, num_columns, 1, 1, inverse_temperature,
@@ -118,7 +98,7 @@ def policy_loss_of_logits(
     stats: Tensor, bias: Tensor | None, gradient_dtype: torch.dtype | None, clip_range: float,
     temperature: float, entropy_coef: float, max_log_ratio: float,
 ) -> Tensor:
-    """Write the tokens' statistics to `stats` [8, m]; returns the gradient that overwrote `logits`.
+    """Write the tokens' statistics to `stats` [9, m]; returns the gradient that overwrote `logits`.
 
     The gradient is that of the sum of the losses by z. `logits` is contiguous; where
     `gradient_dtype` is None they stay as they are and are returned.
@@ -128,9 +108,10 @@ def policy_loss_of_logits(
         logits, logits if bias is None else bias.contiguous(), token_ids.contiguous(),
         old_logprobs.contiguous(), advantages.contiguous(), loss_mask.contiguous(), dlogits, stats,
         logits.shape[1], logits.stride(0), dlogits.stride(0), stats.stride(0),
-        1 / temperature, clip_range, entropy_coef, max_log_ratio, HAS_BIAS=bias is not None,
-        HAS_ENTROPY=entropy_coef != 0, WRITES_GRADIENT=gradient_dtype is not None,
-        NUM_STATS=NUM_STATS, **block_settings(logits.shape[1]),
+        1 / temperature, 1 - clip_range, 1 + clip_range, entropy_coef, max_log_ratio,
+        HAS_BIAS=bias is not None, HAS_ENTROPY=entropy_coef != 0,
+        WRITES_GRADIENT=gradient_dtype is not None, NUM_STATS=NUM_STATS,
+        **block_settings(logits.shape[1]),
     )
     return dlogits
 
@@ -141,7 +122,7 @@ def linear_policy_loss_fwd(
     entropy_coef: float, max_log_ratio: float, chunk_tokens: int | None,
     logits_dtype: torch.dtype, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Gradients]:
-    """Statistics [8] float64 and the gradients that are needed, of the sum of the losses by z."""
+    """Statistics [9] float64 and the gradients that are needed, of the sum of the losses by z."""
     gradients = new_gradients(hidden, weight, bias, needs)
     hidden, weight = same_dtype(hidden, weight)
     chunks = chunk_slices(len(hidden), logits_dtype.itemsize * len(weight), chunk_tokens)
@@ -213,7 +194,7 @@ def linear_policy_loss(
     temperature: float = 1.0, entropy_coef: float = 0.0, max_log_ratio: float = 20.0,
     chunk_tokens: int | None = None, logits_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """fastrl.ops.linear_policy_loss on this backend: the loss, and the statistics as [8] float64.
+    """fastrl.ops.linear_policy_loss on this backend: the loss, and the statistics as [9] float64.
 
     Args:
         max_log_ratio: Where the log-ratio is held, in both directions.
@@ -233,7 +214,7 @@ def linear_policy_loss(
     else:
         arguments = (*arguments, needs)
         stats, gradients = linear_policy_loss_fwd(*arguments)
-    loss = ((stats[1] - entropy_coef * stats[6]) / denominator).float()
+    loss = ((stats[1] - entropy_coef * stats[7]) / denominator).float()
     if any(needs):
         loss = _KnownGradients.apply(  # type: ignore[no-untyped-call]
             loss, 1 / (denominator * temperature), *gradients, *inputs
@@ -248,8 +229,8 @@ def aot_cases(every: bool = False) -> list[AotCase]:
         "old_logprobs_ptr": "*fp32", "advantages_ptr": "*fp32", "mask_ptr": "*i1",
         "stats_ptr": "*fp64", "num_columns": "i32",
         "stride_logits_m": "i32", "stride_dlogits_m": "i32", "stride_stats_k": "i32",
-        "inverse_temperature": "fp32", "clip_range": "fp32", "entropy_coef": "fp32",
-        "max_log_ratio": "fp32",
+        "inverse_temperature": "fp32", "ratio_low": "fp32", "ratio_high": "fp32",
+        "entropy_coef": "fp32", "max_log_ratio": "fp32",
     }
     flags = (True, False) if every else (True,)
     pairs = [("fp32", dtype) for dtype in DTYPES]  # of the logits and of their gradient
