@@ -35,6 +35,8 @@ def rows(*values: float) -> torch.Tensor:
     ("compute_gae", "values", lambda bad: ops.compute_gae(rows(0, 1, 0), bad, MASK)),
     ("policy_loss", "advantages",
      lambda bad: ops.policy_loss(rows(-1, -2, 0), rows(-1, -2, 0), bad, MASK)),
+    ("ppo_loss", "old_values", lambda bad: ops.ppo_loss(
+        *(rows(-1, -2, 0) for _ in range(4)), bad, rows(-1, -2, 0), MASK)),
     ("value_loss", "returns", lambda bad: ops.value_loss(rows(1, 2, 0), rows(1, 2, 0), bad, MASK)),
     ("linear_policy_loss", "hidden", lambda bad: ops.linear_policy_loss(
         bad.T, torch.ones(4, 1), torch.tensor([0, 1, 2]), torch.zeros(3), torch.ones(3), MASK[0],
