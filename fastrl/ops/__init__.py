@@ -4,6 +4,7 @@ from fastrl.ops.activation import gelu, swiglu
 from fastrl.ops.gae import compute_gae
 from fastrl.ops.kl import kl_estimate
 from fastrl.ops.kv_cache import write_kv
+from fastrl.ops.linear_cross_entropy import linear_cross_entropy
 from fastrl.ops.linear_logprob import linear_logprobs
 from fastrl.ops.linear_policy_loss import linear_policy_loss
 from fastrl.ops.logprob import gather_logprobs
@@ -30,6 +31,7 @@ __all__ = [
     "gelu",
     "kl_estimate",
     "layer_norm",
+    "linear_cross_entropy",
     "linear_logprobs",
     "linear_policy_loss",
     "masked_mean",

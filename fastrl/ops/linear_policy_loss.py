@@ -78,35 +78,43 @@ class _Coefficients(NamedTuple):
     entropy_coef: float
 
 
-class _Gradients(NamedTuple):
-    """Gradients of the loss, in the wide dtype; None where nobody asks."""
+class Gradients(NamedTuple):
+    """Gradients of a loss, in the wide dtype; None where nobody asks."""
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
 
 
+def new_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    needs: tuple[bool, bool, bool],
+) -> Gradients:
+    """Memory for the gradients that are needed; what is added to begins at 0."""
+    return Gradients(
+        torch.empty_like(hidden, dtype=dtype) if needs[0] else None,
+        torch.zeros_like(weight, dtype=dtype) if needs[1] else None,
+        torch.zeros_like(bias, dtype=dtype) if bias is not None and needs[2] else None,
+    )
+
+
 @torch.no_grad()
 def _loss_and_gradients(
     tokens: _Rows, weight: Tensor, bias: Tensor | None, coefficients: _Coefficients,
     needs: tuple[bool, bool, bool], chunk_tokens: int | None,
-) -> tuple[Tensor, PolicyStats, _Gradients]:
+) -> tuple[Tensor, PolicyStats, Gradients]:
     """The loss, its statistics and the gradients that are needed, chunk by chunk."""
     dtype, num_tokens = wide_dtype(tokens.hidden.dtype), len(tokens.hidden)
     wide_weight = weight.to(dtype)
     wide_bias = None if bias is None else bias.to(dtype)
     logprobs = torch.empty(num_tokens, dtype=dtype, device=weight.device)
     entropy = torch.empty_like(logprobs)
-    gradients = _Gradients(
-        torch.empty_like(tokens.hidden, dtype=dtype) if needs[0] else None,
-        torch.zeros_like(weight, dtype=dtype) if needs[1] else None,
-        torch.zeros_like(wide_bias) if wide_bias is not None and needs[2] else None,
-    )
+    gradients = new_gradients(tokens.hidden, weight, bias, dtype, needs)
     for rows in chunk_slices(num_tokens, len(weight), dtype.itemsize, chunk_tokens):
         chunk = _Rows(*(values[rows] for values in tokens))
         logprobs[rows], entropy[rows] = _process_chunk(
             chunk, wide_weight, wide_bias, coefficients,
-            _Gradients(None if gradients.hidden is None else gradients.hidden[rows],
+            Gradients(None if gradients.hidden is None else gradients.hidden[rows],
                        gradients.weight, gradients.bias),
         )
     losses, stats = token_losses(logprobs, tokens.old_logprobs, tokens.advantages,
@@ -118,7 +126,7 @@ def _loss_and_gradients(
 
 def _process_chunk(
     chunk: _Rows, weight: Tensor, bias: Tensor | None, coefficients: _Coefficients,
-    gradients: _Gradients,
+    gradients: Gradients,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropy [m] of a chunk; its gradients are added to `gradients`.
 
@@ -150,24 +158,28 @@ def _logprobs_gradient(logprobs: Tensor, chunk: _Rows, clip_range: float) -> Ten
     return torch.where(is_active, unclipped, torch.zeros_like(unclipped))
 
 
-class _KnownGradients(torch.autograd.Function):
-    """The loss as a function of hidden, weight and bias whose gradients are already there."""
+class KnownGradients(torch.autograd.Function):
+    """The loss as a function of hidden, weight and bias whose gradients are there but for a factor.
+
+    The factor meets them in the pass that rounds them to the inputs' type.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, loss: Tensor, dhidden: Tensor | None, dweight: Tensor | None,
+        ctx: Any, loss: Tensor, factor: float, dhidden: Tensor | None, dweight: Tensor | None,
         dbias: Tensor | None, *inputs: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(dhidden, dweight, dbias)
-        ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+        ctx.factor, ctx.dtypes = factor, [None if x is None else x.dtype for x in inputs]
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        factor = dloss * ctx.factor
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return (None,) * 4 + tuple(
-            None if gradient is None else (dloss * gradient).to(dtype)
+        return (None,) * 5 + tuple(
+            None if gradient is None else (factor * gradient).to(dtype)
             for gradient, dtype in gradients
         )
 
@@ -263,7 +275,7 @@ def linear_policy_loss(
     loss, stats, gradients = _loss_and_gradients(tokens, weight, bias, coefficients, needs,
                                                  chunk_tokens)
     if any(needs):
-        loss = _KnownGradients.apply(  # type: ignore[no-untyped-call]
-            loss, *gradients, hidden, weight, bias
+        loss = KnownGradients.apply(  # type: ignore[no-untyped-call]
+            loss, 1.0, *gradients, hidden, weight, bias
         )
     return loss, stats

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastrl.errors import ConfigError, DataError, NumericsError
 from fastrl.models.attention import PackedAttention
 from fastrl.models.causal_lm import CausalLM, ScalarModel
-from fastrl.ops import linear_logprobs
+from fastrl.ops import linear_cross_entropy
 from fastrl.packing import PackedBatch, pack_sequences, predict_rows, split_by_tokens
 from fastrl.types import TokenExample
 
@@ -187,9 +187,9 @@ def token_loss(model: CausalLM, examples: Sequence[TokenExample], denominator: i
     hidden, batch = packed_forward(model, [e.token_ids for e in examples])
     mask = torch.tensor([flag for e in examples for flag in e.loss_mask], device=hidden.device)
     rows, targets = predict_rows(mask)
-    logprobs: Tensor
-    logprobs, _ = model.lm_head(hidden[rows], linear_logprobs, batch.token_ids[targets])
-    return -logprobs.sum() / denominator
+    loss: Tensor = model.lm_head(hidden[rows], linear_cross_entropy, batch.token_ids[targets],
+                                 denominator=denominator)
+    return loss
 
 
 def backward_token_loss(

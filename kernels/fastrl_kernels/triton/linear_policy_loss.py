@@ -162,7 +162,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tupl
     return hidden.new_empty(NUM_STATS, dtype=torch.float64), *as_tensors(gradients, hidden)
 
 
-class _KnownGradients(torch.autograd.Function):
+class KnownGradients(torch.autograd.Function):
     """The loss as a function of hidden, weight and bias whose gradients are known but for a factor.
 
     The factor meets them in the pass that rounds them to the inputs' type.
@@ -216,7 +216,7 @@ def linear_policy_loss(
         stats, gradients = linear_policy_loss_fwd(*arguments)
     loss = ((stats[1] - entropy_coef * stats[7]) / denominator).float()
     if any(needs):
-        loss = _KnownGradients.apply(  # type: ignore[no-untyped-call]
+        loss = KnownGradients.apply(  # type: ignore[no-untyped-call]
             loss, 1 / (denominator * temperature), *gradients, *inputs
         )
     return loss, stats
