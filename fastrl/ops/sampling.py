@@ -23,6 +23,8 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 TILE = 256
 """Tokens whose probabilities are summed before the drawn one is searched among them."""
+CHUNK_BYTES = 2**19
+"""Logits of a thread that are taken at a time on a CPU, so that every pass finds them in cache."""
 _REQUEST_COUNTER = 1
 """Third counter word of request seeds; tokens use 0, so the two streams never meet."""
 
@@ -162,7 +164,8 @@ def sample_tokens(
     Raises:
         ShapeError: when shapes or dtypes do not fit together.
         BackendUnavailableError: when a backend is named that cannot run.
-    Cost: about six passes over the logits; a sort of each row more with top_k or top_p.
+    Cost: one pass over the logits, on a CPU six in cache; a sort of each row more with top_k or
+        top_p.
     Source: Salmon et al. 2011 for the random numbers; top-p: Holtzman et al. 2020
         (arXiv 1904.09751); min-p: Nguyen et al. 2024 (arXiv 2407.01082).
     """
@@ -177,38 +180,77 @@ def _sample_tokens_torch(
     logits: Tensor, seeds: Tensor, positions: Tensor, temperature: Tensor, top_k: Tensor,
     top_p: Tensor, min_p: Tensor, greedy: Tensor, raw_logprobs: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """First a few numbers for each row, some rows at a time, then one token for every row.
+
+    The tile of the vocabulary is found from one sum per tile, then the token within it: running
+    sums of whole rows would cost more than the softmax.
+    """
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    logits = logits / temperature[:, None].to(dtype)
-    kept = _truncate(logits, top_k, top_p, min_p)
-    logprobs = kept.log_softmax(dim=-1)
-    probs = logprobs.exp()
-    token_ids = _inverse_cdf(probs, uniforms(seeds, positions))
+    divisor = temperature.to(dtype)[:, None] if (temperature != 1).any() else None
+    cut_rows = (top_k > 0) | (top_p < 1) | (min_p > 0)
+    is_cut = bool(cut_rows.any())
+    num_rows = len(logits)
+    if logits.device.type == "cpu":
+        row_bytes = logits.shape[1] * dtype.itemsize
+        num_rows = max(1, CHUNK_BYTES // row_bytes) * torch.get_num_threads()
+    parts = []
+    for first in range(0, len(logits), num_rows):
+        rows = slice(first, first + num_rows)
+        scaled = _scaled(logits[rows], None if divisor is None else divisor[rows])
+        if is_cut:
+            cut = (_floor(scaled, top_k[rows], top_p[rows], min_p[rows]), _spread(scaled))
+            scaled = scaled.masked_fill(scaled < cut[0], -torch.inf)
+        parts.append((*_summary(scaled), *(cut if is_cut else ())))
+    high, top, inner, sums, *cut_B = map(torch.cat, zip(*parts, strict=True))
+    # The log of few numbers, in float64: its last bit must not depend on how many they are.
+    top = top.double().log()
+
+    tile, rest = _first_above(sums, uniforms(seeds, positions))
+    columns = tile[:, None] * TILE + torch.arange(TILE, device=logits.device)
+    inside = _scaled(logits.gather(1, columns.clamp_max(logits.shape[1] - 1)), divisor)
+    if is_cut:
+        inside = inside.masked_fill(inside < cut_B[0], -torch.inf)
+    inside = (inside - high).exp().masked_fill(columns >= logits.shape[1], 0)
+    offset, _ = _first_above(inside, rest)
+    token_ids = (tile * TILE + offset).clamp_max(logits.shape[1] - 1)  # beyond: only rows of NaN
     if greedy.any():
         token_ids = torch.where(greedy, logits.argmax(dim=-1), token_ids)
-    chosen = logprobs.gather(1, token_ids[:, None]).squeeze(1)
-    if kept is not logits and raw_logprobs.any():
-        raw = logits.gather(1, token_ids[:, None]).squeeze(1) - logits.logsumexp(dim=-1)
-        chosen = torch.where(raw_logprobs, raw, chosen)
-    # Where p is 0 its log may be -inf, and 0 * -inf is not a number.
-    entropy = -logprobs.clamp_min_(torch.finfo(dtype).min).mul_(probs).sum(dim=-1)
-    return token_ids, chosen.float(), entropy.float()
+
+    chosen = _scaled(logits.gather(1, token_ids[:, None]), divisor)
+    logprobs, entropy = chosen - high + top, -top - inner
+    if is_cut:
+        raw = chosen - high - cut_B[1]
+        logprobs = torch.where((raw_logprobs & cut_rows)[:, None], raw, logprobs)
+    return token_ids, logprobs.squeeze(1).float(), entropy.squeeze(1).float()
 
 
-def _inverse_cdf(probs: Tensor, drawn: Tensor) -> Tensor:
-    """[B] int64: the first token whose cumulative probability passes drawn [B] x the total.
+def _scaled(logits: Tensor, divisor: Tensor | None) -> Tensor:
+    """Logits in float32 at least, divided by the temperature [B, 1]; None is 1."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide if divisor is None else wide / divisor
 
-    First the tile of the vocabulary is found, from one sum per tile, then the token within it:
-    running sums of whole rows would cost more than the softmax.
+
+def _spread(logits: Tensor) -> Tensor:
+    """[B, 1], log of the sum over v of exp(z_v - the largest z)."""
+    return (logits - logits.amax(dim=-1, keepdim=True)).logsumexp(dim=-1, keepdim=True)
+
+
+def _summary(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What is needed of rows [B, V].
+
+    Returns:
+        high, top, inner: [B, 1] each, the largest logit, its probability, and
+            sum_v p_v (z_v - high); sums: [B, tiles], probabilities of TILE tokens each.
     """
-    batch_size, vocab_size = probs.shape
+    batch_size, vocab_size = logits.shape
     whole = vocab_size // TILE * TILE
+    probs = logits.softmax(dim=-1)
     sums = [probs[:, :whole].view(batch_size, -1, TILE).sum(dim=-1),
             probs[:, whole:].sum(dim=-1, keepdim=True)]
-    tile, rest = _first_above(torch.cat(sums, dim=1), drawn)
-    columns = tile[:, None] * TILE + torch.arange(TILE, device=probs.device)
-    inside = probs.gather(1, columns.clamp_max(vocab_size - 1))
-    offset, _ = _first_above(inside.masked_fill(columns >= vocab_size, 0), rest)
-    return (tile * TILE + offset).clamp_max(vocab_size - 1)  # beyond: only rows of NaN
+    high, top = logits.amax(dim=-1, keepdim=True), probs.amax(dim=-1, keepdim=True)
+    # Where p is 0, z may be -inf, and 0 * -inf is not a number.
+    inner = (logits - high).clamp_min_(torch.finfo(logits.dtype).min).mul_(probs)
+    return high, top, inner.sum(dim=-1, keepdim=True), torch.cat(sums, dim=1)
 
 
 def _first_above(weights: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,20 +268,18 @@ def _first_above(weights: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
     return index.squeeze(1), ((target[:, None] - before) / weight).squeeze(1).clamp(0, 1)
 
 
-def _truncate(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """[B, V] logits with -inf for dropped tokens; `logits` itself when no row drops any."""
-    floor = None
+def _floor(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """[B, 1], the smallest logit that is kept; -inf where a row keeps all."""
+    floor = torch.full_like(logits[:, :1], -torch.inf)
     vocab_size = logits.shape[1]
     if (top_k > 0).any() or (top_p < 1).any():
         ordered = logits.sort(dim=-1, descending=True).values
         last = torch.where(top_k > 0, top_k, vocab_size).clamp_max(vocab_size)[:, None] - 1
-        floor = ordered.gather(1, last)  # [B, 1], the least likely token that is kept
+        floor = ordered.gather(1, last)
         probs = ordered.masked_fill(ordered < floor, -torch.inf).softmax(dim=-1)
         before = probs.cumsum(dim=-1, dtype=torch.float64) - probs
         reached = (before < top_p[:, None]).sum(dim=-1, keepdim=True) - 1
         nucleus = ordered.gather(1, reached.clamp_min(0))
         floor = torch.where(top_p[:, None] < 1, torch.maximum(floor, nucleus), floor)
-    if (min_p > 0).any():
-        least = logits.amax(dim=-1, keepdim=True) + min_p[:, None].to(logits.dtype).log()
-        floor = least if floor is None else torch.maximum(floor, least)
-    return logits if floor is None else logits.masked_fill(logits < floor, -torch.inf)
+    least = logits.amax(dim=-1, keepdim=True) + min_p[:, None].to(logits.dtype).log()
+    return torch.maximum(floor, least)
