@@ -22,6 +22,8 @@ from fastrl.errors import ShapeError
 PREFERENCE = ("torch",)
 CHUNK_BYTES = 2**21
 """Keys and values gathered at a time: what is gathered is read again while it is in cache."""
+SLOT_UNIT = 16
+"""Cached tokens are rounded up to a multiple of this, and further by `size_bucket`."""
 DENSE_BLOCK = 512
 """Keys that the dense CPU kernel takes at a time."""
 
@@ -40,6 +42,8 @@ class PagedGroup:
     """[b] int64."""
     pages: Tensor
     """[b * pages] int64, page 0 where a sequence has none."""
+    in_place: slice | None
+    """The pages, where each sequence has one and keys and values are read where they lie."""
     num_rows: int
     """Query rows of the dense call for each KV head (of a prompt: for each query head)."""
     num_slots: int
@@ -49,13 +53,16 @@ class PagedGroup:
     unwritten: Tensor
     """[b, S - first_unwritten, 1, 1] bool."""
     masks: dict[int | None, Tensor] = field(default_factory=dict)
-    """By window: [b, 1, num_rows, S] bool, True where a row may see a slot."""
+    """By window: [b, 1, num_rows, S], 0 where a row may see a slot, else -inf."""
 
 
 @dataclass(slots=True)
 class PagedPlan:
     """What the layers of one pass share. Made empty; the first layer fills it."""
 
+    slots_are_finite: bool = False
+    """No slot of the pages holds NaN or infinity, written or not. Then a CPU reads keys and values
+    of sequences that have one page where they lie."""
     groups: list[PagedGroup] | None = None
 
 
@@ -138,7 +145,7 @@ def paged_attention(
         out_i = sum_j softmax_j(scale * q_i . k_j) v_j      over j <= p_i, j > p_i - window
 
     The keys and values of the new tokens are in the cache already (`write_kv`). On a CPU the bits
-    of a sequence's output depend on nothing but that sequence: work is grouped by pages in use.
+    of a sequence's output depend on nothing but that sequence: work is grouped by length, rounded.
 
     Args:
         query: [N, Hq, C]. Sequence b owns rows cu_seqlens_q[b] to cu_seqlens_q[b+1], which are
@@ -160,7 +167,7 @@ def paged_attention(
         ShapeError: when shapes or dtypes do not fit together.
         BackendUnavailableError: when a backend is named that cannot run.
     Cost: reads 2 * Hk * C elements per cached token; on a CPU they are copied once, a few MiB at
-        a time.
+        a time, unless `plan.slots_are_finite` and a page is as long as a sequence.
     Source: Kwon et al. 2023 (arXiv 2309.06180).
     """
     _check(query, kv_pages, page_table, kv_lens, cu_seqlens_q, max_seqlen_q, max_kv_len, window)
@@ -179,7 +186,7 @@ def _paged_attention_torch(
     """Sequences of one shape go together, as many at a time as fit CHUNK_BYTES."""
     if plan.groups is None:
         plan.groups = list(_groups(query, kv_pages, page_table, kv_lens, cu_seqlens_q,
-                                   max_seqlen_q))
+                                   max_seqlen_q, plan.slots_are_finite))
     out = torch.zeros_like(query)
     for group in plan.groups:
         chunk = query.index_select(0, group.rows_q)
@@ -193,32 +200,49 @@ def _paged_attention_torch(
 
 def _groups(
     query: Tensor, kv_pages: Tensor, page_table: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor,
-    max_seqlen_q: int,
+    max_seqlen_q: int, slots_are_finite: bool,
 ) -> Iterator[PagedGroup]:
-    """Sequences by (query tokens, pages, whether the query is all there is in the cache)."""
-    page_size, num_kv_heads = kv_pages.shape[3:5]
-    page_bytes = 2 * kv_pages[0, 0, 0].numel() * kv_pages.element_size()
+    """Sequences by (query tokens, cached tokens rounded up, whether the query is all there is)."""
+    page_size, num_kv_heads, channels = kv_pages.shape[3:]
+    slot_bytes = 2 * num_kv_heads * channels * kv_pages.element_size()
     lengths_q = ([1] * len(kv_lens) if max_seqlen_q == 1
                  else (cu_seqlens_q[1:] - cu_seqlens_q[:-1]).tolist())
     members: defaultdict[tuple[int, int, bool], list[int]] = defaultdict(list)
     for row, (length_q, kv_len) in enumerate(zip(lengths_q, kv_lens.tolist(), strict=True)):
         if length_q and kv_len:
-            num_pages = page_bucket(-(-kv_len // page_size))
-            members[length_q, num_pages, length_q == kv_len > 1].append(row)
-    for (length_q, num_pages, is_prompt), rows in members.items():
+            num_units = size_bucket(-(-kv_len // SLOT_UNIT))
+            members[length_q, num_units, length_q == kv_len > 1].append(row)
+    for (length_q, num_units, is_prompt), rows in members.items():
         num_rows = length_q if is_prompt else length_q * (query.shape[1] // num_kv_heads)
-        num_slots = length_q if is_prompt else num_pages * page_size
-        num_rows, num_slots = _dense_shape(num_rows, num_slots, query.shape[2])
-        step = max(1, CHUNK_BYTES // (num_pages * page_bytes))
-        for first in range(0, len(rows), step):
-            yield _group(torch.tensor(rows[first : first + step], device=query.device),
-                         length_q, is_prompt, num_rows, num_slots, page_size, page_table,
-                         kv_lens, cu_seqlens_q)
+        num_slots = length_q if is_prompt else num_units * SLOT_UNIT
+        num_rows, num_slots = _dense_shape(num_rows, num_slots, channels)
+        if slots_are_finite and num_slots <= page_size and channels % 4 == 0:
+            batches = _arithmetic_runs(page_table[rows, 0].tolist(), rows)
+        else:
+            step = max(1, CHUNK_BYTES // (num_slots * slot_bytes))
+            batches = [(rows[i : i + step], None) for i in range(0, len(rows), step)]
+        for batch, in_place in batches:
+            yield _group(torch.tensor(batch, device=query.device), length_q, is_prompt, num_rows,
+                         num_slots, page_size, page_table, kv_lens, cu_seqlens_q, in_place)
+
+
+def _arithmetic_runs(pages: list[int], rows: list[int]) -> list[tuple[list[int], slice | None]]:
+    """Rows in the order of their pages, cut where these are no longer equally far apart."""
+    runs: list[tuple[list[int], slice | None]] = []
+    for page, row in sorted(zip(pages, rows, strict=True)):
+        members, taken = runs[-1] if runs else ([], None)
+        if taken is None or page < taken.stop or len(members) > 1 and page != (
+                taken.stop - 1 + taken.step):
+            runs.append(([row], slice(page, page + 1, 1)))
+        else:
+            members.append(row)
+            runs[-1] = (members, slice(taken.start, page + 1, page - taken.stop + 1))
+    return runs
 
 
 def _group(
     rows: Tensor, length_q: int, is_prompt: bool, num_rows: int, num_slots: int, page_size: int,
-    page_table: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor,
+    page_table: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor, in_place: slice | None,
 ) -> PagedGroup:
     """The sequences `rows` [b] as one dense call."""
     offsets = torch.arange(length_q, device=rows.device)
@@ -232,21 +256,31 @@ def _group(
     unwritten = (slots[first_unwritten:] >= lens[:, None])[..., None, None]
     return PagedGroup(
         rows_q=(cu_seqlens_q[rows, None] + offsets).flatten(), length_q=length_q,
-        is_prompt=is_prompt, kv_lens=lens, pages=pages.flatten(), num_rows=num_rows,
-        num_slots=num_slots, first_unwritten=first_unwritten, unwritten=unwritten)
+        is_prompt=is_prompt, kv_lens=lens, pages=pages.flatten(), in_place=in_place,
+        num_rows=num_rows, num_slots=num_slots, first_unwritten=first_unwritten,
+        unwritten=unwritten)
 
 
-def page_bucket(num_pages: int) -> int:
-    """`num_pages` rounded up to three significant bits: fewer groups, at most a quarter more."""
-    unit = 1 << max(0, num_pages.bit_length() - 3)
-    return -(-num_pages // unit) * unit
+def size_bucket(size: int) -> int:
+    """`size` rounded up to three significant bits: fewer groups, at most a quarter more."""
+    unit = 1 << max(0, size.bit_length() - 3)
+    return -(-size // unit) * unit
+
+
+def slots_read(kv_len: int) -> int:
+    """Slots that a page needs for the dense CPU kernel to read a whole sequence in it."""
+    return size_bucket(-(-kv_len // SLOT_UNIT)) * SLOT_UNIT + 3  # see _dense_shape
 
 
 def _gather(kv_pages: Tensor, layer: int, group: PagedGroup) -> tuple[Tensor, Tensor]:
     """Keys and values [b, S, Hk, C] of a group, 0 past the length of a sequence."""
     sides = []
+    page_slots = min(kv_pages.shape[3], group.num_slots)
     for side in (0, 1):
-        gathered = kv_pages[:, layer, side].index_select(0, group.pages)
+        if group.in_place is not None:
+            sides.append(kv_pages[group.in_place, layer, side, :page_slots])
+            continue
+        gathered = kv_pages[:, layer, side, :page_slots].index_select(0, group.pages)
         gathered = gathered.view(len(group.kv_lens), -1, *gathered.shape[2:])[:, :group.num_slots]
         # A slot that was never written may hold NaN, and 0 * NaN would reach the sum over values.
         gathered[:, group.first_unwritten :].masked_fill_(group.unwritten, 0)
@@ -277,7 +311,9 @@ def _attend_last(
     num_kv_heads = key.shape[2]
     num_shared = num_heads // num_kv_heads
     if window not in group.masks:
-        group.masks[window] = _last_mask(group, num_shared, window)
+        hidden = ~_last_mask(group, num_shared, window)
+        group.masks[window] = torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(
+            hidden, -torch.inf)
     # The query heads of a KV head stand beside each other as if they were query tokens.
     query = query.view(batch_size, length, num_kv_heads, num_shared, channels)
     query = query.permute(0, 2, 3, 1, 4).flatten(2, 3)
@@ -321,7 +357,8 @@ def _dense(
     """[b, H, q, C] from query [b, H, q, C] and key, value [b, S, Hk, C], with `num_rows` rows.
 
     Args:
-        mask: [b or 1, 1, num_rows, S] bool; None: causal from the first key on.
+        mask: [b or 1, 1, num_rows, S], bool or added to the scores; None: causal from the first
+            key on.
     """
     batch_size, _, length, channels = query.shape
     if channels % 4:

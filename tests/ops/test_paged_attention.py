@@ -10,10 +10,14 @@ from torch import Tensor
 from fastrl.errors import BackendUnavailableError, ShapeError
 from fastrl.ops.packed_attention import packed_attention
 from fastrl.ops.paged_attention import (
+    SLOT_UNIT,
     PagedPlan,
-    page_bucket,
+    _arithmetic_runs,
+    _dense_shape,
     paged_attention,
     paged_attention_reference,
+    size_bucket,
+    slots_read,
 )
 
 PAGE_SIZE = 4
@@ -123,8 +127,8 @@ def test_bits_of_a_sequence_do_not_depend_on_the_batch(
         assert torch.equal(out[begin:end], paged_attention(**_single(inputs, row)))
 
 
-def test_page_buckets() -> None:
-    assert [page_bucket(n) for n in (1, 2, 7, 8, 9, 15, 17, 20, 21, 33)] == [
+def test_size_buckets() -> None:
+    assert [size_bucket(n) for n in (1, 2, 7, 8, 9, 15, 17, 20, 21, 33)] == [
         1, 2, 7, 8, 10, 16, 20, 20, 24, 40]
 
 
@@ -160,3 +164,58 @@ def test_a_plan_serves_every_layer_and_window() -> None:
             assert torch.equal(paged_attention(**arguments, plan=plan),
                                paged_attention(**arguments))
     assert plan.groups is not None and len(plan.groups) == 3
+
+
+def _one_page_each(kv_lens: list[int], pages: list[int], channels: int = 8) -> dict[str, Any]:
+    """A decode step with one page of 67 slots for each sequence, all of them finite."""
+    generator = torch.Generator().manual_seed(7)
+    kv_pages = torch.randn(max(pages) + 1, 2, 2, 67, 2, channels, generator=generator)
+    return {
+        "query": torch.randn(len(kv_lens), 4, channels, generator=generator),
+        "kv_pages": kv_pages, "layer": 1, "page_table": torch.tensor(pages)[:, None],
+        "kv_lens": torch.tensor(kv_lens), "cu_seqlens_q": torch.arange(len(kv_lens) + 1),
+        "max_seqlen_q": 1, "max_kv_len": max(kv_lens), "scale": 0.4,
+    }
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("channels", [8, 5])
+def test_reading_in_place_gives_the_bits_of_a_copy(channels: int, window: int | None) -> None:
+    # Pages in several runs, backwards, with steps of 1, 2 and 3, and one that two rows share.
+    inputs = _one_page_each([60, 5, 9, 33, 12, 64, 1, 40, 16, 0, 7],
+                            [9, 0, 1, 2, 4, 6, 8, 11, 14, 3, 0], channels)
+    plan = PagedPlan(slots_are_finite=True)
+    out = paged_attention(**inputs, window=window, plan=plan)
+    assert torch.equal(out, paged_attention(**inputs, window=window))
+    torch.testing.assert_close(out, paged_attention_reference(**inputs, window=window))
+    assert plan.groups is not None
+    assert all((group.in_place is None) == (channels == 5) for group in plan.groups)
+
+
+def test_prompts_are_read_in_place() -> None:
+    inputs = _one_page_each([9, 9, 40], [3, 1, 2])
+    inputs |= {"query": torch.randn(58, 4, 8), "cu_seqlens_q": torch.tensor([0, 9, 18, 58]),
+               "max_seqlen_q": 40}
+    plan = PagedPlan(slots_are_finite=True)
+    assert torch.equal(paged_attention(**inputs, plan=plan), paged_attention(**inputs))
+    assert plan.groups is not None
+    assert [group.in_place for group in plan.groups] == [slice(1, 4, 2), slice(2, 3, 1)]
+
+
+@pytest.mark.parametrize(
+    ("pages", "expected"),
+    [([4], [[4]]), ([2, 3, 4], [[2, 3, 4]]), ([8, 2, 5], [[2, 5, 8]]),
+     ([1, 1, 2], [[1], [1, 2]]), ([0, 5, 6, 7], [[0, 5], [6, 7]])],
+)
+def test_arithmetic_runs(pages: list[int], expected: list[list[int]]) -> None:
+    runs = _arithmetic_runs(pages, list(range(len(pages))))
+    assert [[pages[row] for row in rows] for rows, _ in runs] == expected
+    assert [list(range(99))[taken] for _, taken in runs if taken is not None] == expected
+
+
+def test_slots_read_covers_what_the_dense_kernel_reads() -> None:
+    for kv_len in range(1, 200):
+        for num_rows, channels in ((1, 48), (3, 8), (7, 4), (2, 64)):
+            slots = size_bucket(-(-kv_len // SLOT_UNIT)) * SLOT_UNIT
+            assert kv_len <= _dense_shape(num_rows, slots, channels)[1] <= slots_read(kv_len)
