@@ -81,14 +81,19 @@ class SamplingConfig:
 class EngineConfig:
     """The rollout engine's sizes."""
 
-    page_size: int = 16
-    """Tokens per page of the KV cache."""
+    page_size: int | None = None
+    """Tokens per page of the KV cache; None: 16, or on a CPU where `num_pages` is None as many as
+    the longest sequence of the request has, because attention there reads whole sequences."""
     num_pages: int | None = None
     """Pages of the KV cache; None makes room for `max_batch_size` sequences of the request."""
     max_batch_size: int = 256
     """Sequences decoded together."""
-    max_prefill_tokens: int = 8192
-    """Prompt tokens processed in one forward pass."""
+    max_prefill_tokens: int | None = None
+    """Prompt tokens processed in one forward pass; None: 8192, or 2048 on a CPU, whose caches hold
+    more of what a layer passes to the next. A longer prompt is processed alone."""
+    order: Literal["given", "longest_first"] = "given"
+    """Which requests start first where not all fit: those given first, or those with the largest
+    `max_new_tokens`, so that none of these runs alone at the end. Never changes a response."""
     share_prefix: bool = True
     """Samples of one prompt share the pages of the prompt."""
 

@@ -1,5 +1,6 @@
 """The paged KV cache: one tensor of pages, a free list and a reference count per page."""
 
+import heapq
 from collections.abc import Sequence
 
 import torch
@@ -30,12 +31,12 @@ class KVCache:
         device: torch.device,
     ) -> None:
         self.page_size = page_size
-        self.kv_pages: Tensor = torch.empty(
+        self.kv_pages: Tensor = torch.zeros(
             num_pages, spec.num_layers, 2, page_size, spec.num_kv_heads, spec.head_dim,
             dtype=dtype, device=device,
         )
-        """[num_pages, L, 2, page_size, Hk, C]."""
-        self._free = list(range(num_pages - 1, -1, -1))
+        """[num_pages, L, 2, page_size, Hk, C]; begins as zeros, so that no slot ever holds NaN."""
+        self._free = list(range(num_pages))  # a heap: the lowest pages stay together
         self._references = [0] * num_pages
 
     @property
@@ -50,7 +51,7 @@ class KVCache:
 
     def allocate(self, count: int) -> list[int]:
         """`count` free pages with one reference each; the caller has made sure they exist."""
-        pages = [self._free.pop() for _ in range(count)]
+        pages = [heapq.heappop(self._free) for _ in range(count)]
         for page in pages:
             self._references[page] = 1
         return pages
@@ -67,7 +68,7 @@ class KVCache:
             assert self._references[page] > 0, f"page {page} is free"
             self._references[page] -= 1
             if not self._references[page]:
-                self._free.append(page)
+                heapq.heappush(self._free, page)
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole pages, all layers at once."""

@@ -18,9 +18,12 @@ from fastrl.engine.request import Request, SharedPrompt
 from fastrl.engine.text import Decoder, TextPieces
 from fastrl.errors import ConfigError, DataError
 from fastrl.models import CausalLM
+from fastrl.ops.paged_attention import slots_read
 from fastrl.ops.sampling import request_seeds
 from fastrl.types import Rollout
 
+PAGE_SIZE = 16
+"""Tokens per page where sequences have many."""
 Progress = Callable[[int, int, int], None]
 """Called after every step with (tokens drawn, responses finished, responses)."""
 
@@ -61,15 +64,17 @@ class Engine:
         self._active: list[Generation] = []
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig | None = None, *,
-        seed: int = 0, num_samples_per_prompt: int = 1, first_request_id: int = 0,
+        self, prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig | Sequence[SamplingConfig] | None = None, *, seed: int = 0, 
+        num_samples_per_prompt: int = 1, first_request_id: int = 0,
         on_progress: Progress | None = None,
     ) -> Rollout:
         """Responses to every prompt.
 
         Args:
             prompts: Token ids, none empty.
-            sampling: How tokens are drawn, and when a response ends.
+            sampling: How tokens are drawn, and when a response ends: for all prompts, or one for
+                each. A response is the one that its settings would give alone.
             seed: Of the run, a 64-bit integer.
             num_samples_per_prompt: Responses to each prompt.
             first_request_id: Number of the first response; two calls with one seed draw
@@ -80,12 +85,12 @@ class Engine:
             prompt p. Greedy log-probs are those of the distribution at `temperature`.
         Raises:
             DataError: when a prompt is empty, too long, or has ids outside the vocabulary.
-            ConfigError: when stop strings have no encoder, or one sequence cannot fit the cache.
+            ConfigError: when stop strings have no encoder, when there are not as many settings as
+                prompts, or when one sequence cannot fit the cache.
         """
-        sampling = sampling or SamplingConfig()
         requests = self._requests(prompts, sampling, seed, num_samples_per_prompt,
-                                  first_request_id, bool(sampling.stop_strings))
-        generation = self._begin(requests, sampling)
+                                  first_request_id)
+        generation = self._begin(requests)
         try:
             with _evaluating(self.model):
                 while not generation.is_finished:
@@ -111,13 +116,11 @@ class Engine:
         Raises:
             DataError, ConfigError: as `generate`.
         """
-        sampling = sampling or SamplingConfig()
-        requests = self._requests([prompt_ids], sampling, seed, 1, request_id,
-                                  self.encoder is not None)
-        return self._stream(requests[0], sampling)
+        requests = self._requests([prompt_ids], sampling, seed, 1, request_id, reads_text=True)
+        return self._stream(requests[0])
 
-    def _stream(self, request: Request, sampling: SamplingConfig) -> Iterator[StreamedToken]:
-        generation = self._begin([request], sampling)
+    def _stream(self, request: Request) -> Iterator[StreamedToken]:
+        generation = self._begin([request])
         try:
             while not generation.is_finished:
                 count = generation.num_tokens
@@ -152,14 +155,10 @@ class Engine:
         for generation in self._active:
             generation.forget()
 
-    def _begin(self, requests: Sequence[Request], sampling: SamplingConfig) -> Generation:
-        stop_ids = sampling.stop_token_ids
-        if stop_ids is None:
-            stop_ids = tuple(self.model.spec.eos_token_ids)
-        cache = self._take_cache(requests)
+    def _begin(self, requests: Sequence[Request]) -> Generation:
         generation = Generation(
-            self.model, self.config, cache, requests, sampling, stop_ids,
-            self._row_count)
+            self.model, self.config, self._take_cache(requests), requests,
+            tuple(self.model.spec.eos_token_ids), self._row_count)
         self._active.append(generation)
         return generation
 
@@ -175,7 +174,8 @@ class Engine:
 
     def _take_cache(self, requests: Sequence[Request]) -> KVCache:
         """A cache without a page in use, large enough for what can run together."""
-        page_size = self.config.page_size
+        weight = self.model.lm_head.weight
+        page_size = self._page_size(requests, weight.device)
         needed = [pages_for(request.max_cached_tokens, page_size) for request in requests]
         num_pages = self.config.num_pages
         if num_pages is None:
@@ -189,20 +189,39 @@ class Engine:
                 f"{requests[row].max_tokens} new), got {num_pages}; raise num_pages or lower "
                 f"max_new_tokens")
         idle, self._idle_cache = self._idle_cache, None
-        weight = self.model.lm_head.weight
         if idle is not None and idle.kv_pages.dtype == weight.dtype \
                 and idle.kv_pages.device == weight.device \
+                and (idle.page_size == page_size or self.config.page_size is None
+                     and idle.page_size > page_size) \
                 and (idle.num_pages == num_pages
                      or self.config.num_pages is None and idle.num_pages > num_pages):
             return idle
         return KVCache(self.model.spec, num_pages, page_size, weight.dtype, weight.device)
 
+    def _page_size(self, requests: Sequence[Request], device: torch.device) -> int:
+        """Tokens per page, as `EngineConfig.page_size` says."""
+        if self.config.page_size is not None:
+            return self.config.page_size
+        if device.type != "cpu" or self.config.num_pages is not None:
+            return PAGE_SIZE
+        return slots_read(max(request.max_cached_tokens for request in requests))
+
     def _requests(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int,
-        num_samples: int, first_request_id: int, reads_text: bool,
+        self, prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig | Sequence[SamplingConfig] | None, seed: int, num_samples: int,
+        first_request_id: int, reads_text: bool = False,
     ) -> list[Request]:
-        """One request per response; samples of a prompt share it."""
-        if sampling.stop_strings and self.encoder is None:
+        """One request per response; samples of a prompt share it.
+
+        Args:
+            reads_text: Someone reads the text, even where no stop string is looked for.
+        """
+        if sampling is None or isinstance(sampling, SamplingConfig):
+            sampling = [sampling or SamplingConfig()] * len(prompts)
+        if len(sampling) != len(prompts):
+            raise ConfigError(f"sampling: expected one SamplingConfig, or one for each of "
+                              f"{len(prompts)} prompts, got {len(sampling)}")
+        if any(own.stop_strings for own in sampling) and self.encoder is None:
             raise ConfigError("stop_strings: expected an engine with an encoder, which turns "
                               "tokens into text; give Engine(..., encoder=...)")
         if num_samples < 1 or not prompts:
@@ -211,18 +230,18 @@ class Engine:
         ids = first_request_id + torch.arange(len(prompts) * num_samples)
         seeds = request_seeds(seed, ids).tolist()
         requests: list[Request] = []
-        for number, prompt in enumerate(prompts):
+        for number, (prompt, settings) in enumerate(zip(prompts, sampling, strict=True)):
             token_ids = self._checked_prompt(number, prompt)
-            max_tokens = min(sampling.max_new_tokens,
+            max_tokens = min(settings.max_new_tokens,
                              self.model.spec.max_positions - len(token_ids))
             shared = SharedPrompt(token_ids, num_samples)
             for _ in range(num_samples):
                 own = shared if self.config.share_prefix else SharedPrompt(token_ids, 1)
                 text = None
-                if reads_text and self.encoder is not None:
-                    text = TextPieces(self.encoder, token_ids, sampling.stop_strings)
+                if self.encoder is not None and (reads_text or settings.stop_strings):
+                    text = TextPieces(self.encoder, token_ids, settings.stop_strings)
                 index = len(requests)
-                requests.append(Request(index, own, seeds[index], max_tokens, text))
+                requests.append(Request(index, own, seeds[index], max_tokens, settings, text))
         return requests
 
     def _checked_prompt(self, number: int, prompt: Sequence[int]) -> tuple[int, ...]:

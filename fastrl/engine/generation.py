@@ -5,50 +5,34 @@ D width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastrl.config import EngineConfig, SamplingConfig
+from fastrl.config import EngineConfig
 from fastrl.engine.batch import DecodeBatch, pad_rows
 from fastrl.engine.cache import KVCache, pages_for
+from fastrl.engine.prefill import compute_prompts
 from fastrl.engine.request import Request, SharedPrompt
-from fastrl.engine.scheduler import Admission, Scheduler
+from fastrl.engine.scheduler import Admission, Scheduler, starting_order
+from fastrl.engine.settings import Settings
 from fastrl.models import CausalLM, PagedAttention
-from fastrl.ops import sample_tokens
-from fastrl.ops.logprob import gather_logprobs
+from fastrl.ops.paged_attention import PagedPlan
 
 
-def project_logits(hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """[R, V] logits, computed in float32 at least, of hidden [R, D] under weight [V, D]."""
+def project_logits(
+    hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """[R, V] logits, computed in float32 at least, of hidden [R, D] under weight [V, D].
+
+    Args:
+        out: [at least R, V], memory for the result. A CPU that takes fresh memory for so large a
+            tensor in every step spends as long on that as on the product.
+    """
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    return F.linear(hidden.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
-
-
-class SamplingTensors(TypedDict):
-    """The settings of `sample_tokens`, one entry per row."""
-
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor
-    greedy: Tensor
-    raw_logprobs: Tensor
-
-
-def sampling_tensors(
-    sampling: SamplingConfig, num_rows: int, device: torch.device
-) -> SamplingTensors:
-    """The same settings for every row, [R] each."""
-    def column(value: float) -> Tensor:
-        return torch.full((num_rows,), value, device=device)
-
-    return SamplingTensors(
-        temperature=column(sampling.temperature), top_k=column(sampling.top_k),
-        top_p=column(sampling.top_p), min_p=column(sampling.min_p),
-        greedy=column(sampling.greedy), raw_logprobs=column(sampling.logprobs == "raw"))
+    out = None if out is None else out[: len(hidden)]
+    logits = torch.mm(hidden.to(wide), weight.to(wide).t(), out=out)
+    return logits if bias is None else logits.add_(bias)
 
 
 class Generation:
@@ -58,23 +42,22 @@ class Generation:
         model: In eval mode, gradients off, whenever `step` is called.
         config: Batch size and prefill budget.
         cache: Pages, all free; they are free again at the end.
-        requests: In the order in which they start; `index` counts from 0.
-        sampling: How tokens are drawn.
-        stop_token_ids: Tokens that end a response.
+        requests: `index` counts from 0.
+        stop_token_ids: Tokens that end a response whose settings name none.
         row_count: Rows that a forward pass of n rows is padded to.
     """
 
     def __init__(
         self, model: CausalLM, config: EngineConfig, cache: KVCache, requests: Sequence[Request],
-        sampling: SamplingConfig, stop_token_ids: Sequence[int], row_count: Callable[[int], int],
+        stop_token_ids: Sequence[int], row_count: Callable[[int], int],
     ) -> None:
         self.requests = requests
-        self.scheduler = Scheduler(requests, cache, config)
+        self.scheduler = Scheduler(starting_order(requests, config.order), cache, config)
         self.num_tokens = 0
         """Tokens drawn so far, all responses together."""
         self.num_finished = 0
         self.cache = cache
-        self._model, self._sampling = model, sampling
+        self._model = model
         self._device = cache.kv_pages.device
         self._row_count = row_count
         self._step = 0
@@ -88,8 +71,10 @@ class Generation:
         self.entropy = torch.zeros_like(self.logprobs)
         self.lengths = [0] * len(requests)
         """Tokens of each finished response."""
-        self._stop_ids = torch.tensor(stop_token_ids, dtype=torch.int64, device=self._device)
-        self._settings: dict[int, SamplingTensors] = {}
+        self._logits = torch.empty(0)
+        self._reads_text = any(request.text is not None for request in requests)
+        self._settings = Settings.of(requests, stop_token_ids, self._device)
+        self._row_settings, self._settings_rows = self._settings, torch.empty(0)
         self._batch = self._new_rows([])
 
     @property
@@ -139,31 +124,10 @@ class Generation:
     def _compute_prompts(
         self, prompts: Sequence[SharedPrompt], pages: Sequence[Sequence[int]]
     ) -> None:
-        """One packed pass over new prompts; their keys and values go into `pages`."""
-        page_size = self.cache.page_size
-        lengths = [len(prompt.token_ids) for prompt in prompts]
-        num_tokens = sum(lengths)
-        num_dummies = self._row_count(num_tokens) - num_tokens
-        page_table = torch.zeros(len(prompts) + 1, max(map(len, pages)), dtype=torch.int64)
-        for row, own in enumerate(pages):
-            page_table[row, : len(own)] = torch.tensor(own)
-        offsets = torch.arange(page_size)
-        slots = torch.cat([
-            (torch.tensor(own)[:, None] * page_size + offsets).flatten()[:length]
-            for own, length in zip(pages, lengths, strict=True)])
-        token_ids = torch.tensor([token for prompt in prompts for token in prompt.token_ids])
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        # The dummies are one more sequence, without anything in the cache.
-        bounds = torch.tensor([0, *lengths, num_dummies]).cumsum(0)
-        attention = PagedAttention(
-            self.cache.kv_pages, page_table.to(self._device),
-            F.pad(slots, (0, num_dummies), value=-1).to(self._device), bounds.to(self._device),
-            torch.tensor([*lengths, 0], device=self._device), max(*lengths, num_dummies),
-            max(lengths))
-        hidden = self._model(F.pad(token_ids, (0, num_dummies)).to(self._device),
-                             F.pad(positions, (0, num_dummies)).to(self._device), attention)
-        last = hidden.index_select(0, bounds[1:-1].to(self._device) - 1)
-        for prompt, row in zip(prompts, last.unbind(), strict=True):
+        """Put the keys and values of new prompts into `pages`, and keep their hidden states."""
+        hidden = compute_prompts(self._model, self.cache, [p.token_ids for p in prompts], pages,
+                                 self._row_count)
+        for prompt, row in zip(prompts, hidden.unbind(), strict=True):
             prompt.hidden = row
 
     def _new_rows(self, requests: Sequence[Request]) -> DecodeBatch:
@@ -172,7 +136,7 @@ class Generation:
             return torch.tensor(list(values), dtype=torch.int64, device=self._device)
 
         table = torch.zeros(len(requests), self._max_pages, dtype=torch.int64)
-        needs_seen = self._sampling.repetition_penalty != 1
+        needs_seen = self._settings.has_penalty
         vocab_size = self._model.spec.vocab_size if needs_seen else 0
         seen = torch.zeros(len(requests), vocab_size, dtype=torch.bool)
         for row, request in enumerate(requests):
@@ -205,7 +169,8 @@ class Generation:
             len(r.prompt.token_ids) - r.started for r in self.scheduler.running)
         attention = PagedAttention(
             self.cache.kv_pages, batch.page_table, slots,
-            torch.arange(len(slots) + 1, device=self._device), batch.kv_lens, 1, max_kv_len)
+            torch.arange(len(slots) + 1, device=self._device), batch.kv_lens, 1, max_kv_len,
+            PagedPlan(slots_are_finite=True))
         hidden = self._model(batch.token_ids, positions, attention)
         self._step += 1
         ended, stopped = self._draw(hidden, batch, 0)
@@ -230,16 +195,17 @@ class Generation:
         Returns:
             ended, stopped: [R] bool each; stopped is True where a stop token or string was met.
         """
-        logits = self._model.lm_head(hidden, project_logits)
-        num_rows = len(logits)
-        if num_rows not in self._settings:
-            self._settings[num_rows] = sampling_tensors(self._sampling, num_rows, self._device)
-        drawn_from = self._adjust(logits, batch)
-        token_ids, logprobs, entropy = sample_tokens(
-            drawn_from, batch.seeds, batch.kv_lens, **self._settings[num_rows])
-        if drawn_from is not logits and self._sampling.logprobs == "raw":
-            logprobs, _ = gather_logprobs(logits, token_ids,
-                                          temperature=self._sampling.temperature)
+        num_rows = len(hidden)
+        if len(self._logits) < num_rows:
+            self._logits = torch.empty(
+                num_rows, self._model.spec.vocab_size, device=self._device,
+                dtype=torch.promote_types(hidden.dtype, torch.float32))
+        logits = self._model.lm_head(hidden, project_logits, out=self._logits)
+        if self._settings_rows is not batch.index:
+            self._settings_rows = batch.index
+            self._row_settings = self._settings.select(batch.index)
+        token_ids, logprobs, entropy = self._row_settings.draw(
+            logits, batch.seeds, batch.kv_lens, batch.num_generated, batch.seen)
         place = (batch.index, batch.num_generated)
         is_replay = batch.num_generated < batch.num_recorded
         if self._step < self._replay_until:
@@ -254,37 +220,24 @@ class Generation:
         batch.num_generated.add_(batch.alive)
         if batch.seen.shape[1]:
             batch.seen.scatter_(1, token_ids[:, None], True)
-        stopped = torch.isin(token_ids, self._stop_ids) & ~is_replay
+        stopped = self._row_settings.is_stop(token_ids) & ~is_replay
         self._read_text(token_ids, stopped, first_row, batch.size)
         return (stopped | (batch.num_generated >= batch.max_tokens)) & (batch.alive > 0), stopped
-
-    def _adjust(self, logits: Tensor, batch: DecodeBatch) -> Tensor:
-        """[R, V] logits after repetition penalty and minimum length; `logits` without either."""
-        penalty = self._sampling.repetition_penalty
-        if batch.seen.shape[1]:
-            penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-            logits = torch.where(batch.seen, penalised, logits)
-        if self._sampling.min_new_tokens and len(self._stop_ids):
-            is_early = (batch.num_generated < self._sampling.min_new_tokens)[:, None]
-            stops = logits[:, self._stop_ids].masked_fill(is_early, -torch.inf)
-            logits = logits.index_copy(1, self._stop_ids, stops)
-        return logits
 
     def _read_text(
         self, token_ids: Tensor, stopped: Tensor, first_row: int, num_rows: int
     ) -> None:
         """Give new tokens to the requests whose text is read; marks stop strings in `stopped`."""
-        requests = self.scheduler.running[first_row : first_row + num_rows]
-        if requests[0].text is None:
+        if not self._reads_text:
             return
+        requests = self.scheduler.running[first_row : first_row + num_rows]
         for row, (request, token_id) in enumerate(
                 zip(requests, token_ids[:num_rows].tolist(), strict=True)):
             count = self._step - request.started + 1
-            assert request.text is not None
             request.piece = ""
-            if count > request.num_recorded:
+            if request.text is not None and count > request.num_recorded:
                 request.piece = request.text.push(token_id)
-                if request.text.has_stopped and count >= self._sampling.min_new_tokens:
+                if request.text.has_stopped and count >= request.sampling.min_new_tokens:
                     stopped[row] = True
 
     def _retire(self, ended: Tensor, stopped: Tensor, first_row: int) -> None:

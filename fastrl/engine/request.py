@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fastrl.config import SamplingConfig
 from fastrl.engine.text import TextPieces
 
 
@@ -31,6 +32,8 @@ class Request:
     """Key of its random numbers."""
     max_tokens: int
     """Longest response that settings and model allow."""
+    sampling: SamplingConfig
+    """How its tokens are drawn, and when it ends."""
     text: TextPieces | None = None
     """Decoder of its text, where someone reads it."""
     piece: str = ""
@@ -43,6 +46,8 @@ class Request:
     """Decode step that fed its first token."""
     boundary: int = 0
     """It needs a page at decode steps that equal this modulo the page size."""
+    place: int = -1
+    """Among all requests, in the order in which they start."""
     row: int = -1
     """Row of the decode batch; -1 while it waits."""
     finish_reason: str | None = None

@@ -8,6 +8,9 @@ from fastrl.config import EngineConfig
 from fastrl.engine.cache import KVCache, pages_for
 from fastrl.engine.request import Request, SharedPrompt
 
+MAX_PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
+"""Prompt tokens that start together where the config names no number."""
+
 
 @dataclass(slots=True)
 class Admission:
@@ -23,8 +26,19 @@ class Admission:
     """Pages to copy once the prompts are computed: (source, target)."""
 
 
+def starting_order(requests: Sequence[Request], order: str) -> Sequence[Request]:
+    """Requests in the order in which they start, by `EngineConfig.order`."""
+    if order == "given":
+        return requests
+    return sorted(requests, key=lambda request: -request.max_tokens)  # stable: samples together
+
+
 class Scheduler:
     """Starts waiting requests while pages last, and takes pages from the youngest when they end.
+
+    Nothing overtakes: those that run are always the first of those that have not ended, and the
+    first of all is never preempted, so it gets a token at every decode step. Hence request k starts
+    at decode step sum over i < k of (max_tokens_i - 1) at the latest, however few pages there are.
 
     Args:
         requests: In the order in which they start. Samples that share a prompt share the object.
@@ -34,6 +48,8 @@ class Scheduler:
 
     def __init__(self, requests: Sequence[Request], cache: KVCache, config: EngineConfig) -> None:
         self.waiting = deque(requests)
+        for place, request in enumerate(requests):
+            request.place = place
         self.running: list[Request] = []
         """Oldest first; the order of the decode batch."""
         self._cache = cache
@@ -46,10 +62,12 @@ class Scheduler:
     def admit(self, step: int) -> Admission:
         """Start what fits; `step` is the decode step that follows."""
         admission, num_tokens = Admission(), 0
+        budget = self._config.max_prefill_tokens or MAX_PREFILL_TOKENS.get(
+            self._cache.kv_pages.device.type, MAX_PREFILL_TOKENS["cuda"])
         while self.waiting and len(self.running) < self._config.max_batch_size:
             request = self.waiting[0]
             to_compute = 0 if request.prompt.pages else len(request.prompt.token_ids)
-            if num_tokens and num_tokens + to_compute > self._config.max_prefill_tokens:
+            if num_tokens and num_tokens + to_compute > budget:
                 break
             if not self._fits(request):
                 if self.running or not self._drop_prompts():
@@ -172,4 +190,6 @@ class Scheduler:
         self._cache.check([request.pages for request in self.running]
                           + [prompt.pages for prompt in self._computed])
         assert all(not request.pages for request in self.waiting)
+        unfinished = [request.place for request in (*self.running, *self.waiting)]
+        assert unfinished == sorted(unfinished), "a request has overtaken another"
         assert self._growth == sum(map(self._missing, self.running)) >= 0

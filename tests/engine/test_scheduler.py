@@ -1,0 +1,94 @@
+"""Who starts when: order, the bound on waiting, and what a page holds."""
+
+import random
+from itertools import accumulate
+
+import pytest
+import torch
+
+from fastrl.config import EngineConfig, SamplingConfig
+from fastrl.engine import Engine
+from fastrl.engine.cache import KVCache, pages_for
+from fastrl.engine.request import Request, SharedPrompt
+from fastrl.engine.scheduler import Scheduler, starting_order
+from fastrl.models import DecoderConfig, ModelSpec, new_decoder
+
+SPEC = ModelSpec(architecture="llama", num_layers=1, num_heads=1, num_kv_heads=1, head_dim=1,
+                 hidden_size=1, vocab_size=2, max_positions=512, eos_token_ids=())
+
+
+def _requests(lengths: list[tuple[int, int]]) -> list[Request]:
+    """One request for each (prompt tokens, max tokens)."""
+    return [Request(i, SharedPrompt((0,) * prompt, 1), i, new, SamplingConfig(max_new_tokens=new))
+            for i, (prompt, new) in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_waiting_is_bounded_by_those_ahead(seed: int) -> None:
+    rng = random.Random(seed)
+    lengths = [(rng.randint(1, 12), rng.randint(1, 15)) for _ in range(rng.randint(2, 14))]
+    requests, page_size = _requests(lengths), rng.choice([1, 2, 4, 32])
+    needed = max(pages_for(r.max_cached_tokens, page_size) for r in requests)
+    cache = KVCache(SPEC, needed + rng.randint(0, 6), page_size, torch.float32,
+                    torch.device("cpu"))
+    scheduler = Scheduler(requests, cache, EngineConfig(
+        max_batch_size=rng.randint(1, 8), max_prefill_tokens=rng.randint(1, 30)))
+    first_start: dict[int, int] = {}
+    step = 0
+    # What a generation does, without a model: a request that starts has its first token.
+    while scheduler.waiting or scheduler.running:
+        started = scheduler.admit(step).started
+        for request in started:
+            first_start.setdefault(request.index, step)
+        if not started:
+            scheduler.grow(step)
+            scheduler.number_rows()
+            step += 1
+        scheduler.finish([request for request in scheduler.running
+                          if step - request.started + 1 >= request.max_tokens])
+        scheduler.number_rows()
+        scheduler.check()
+    assert sorted(first_start) == list(range(len(requests)))
+    starts = [first_start[i] for i in range(len(requests))]
+    assert starts == sorted(starts)
+    bounds = accumulate((new - 1 for _, new in lengths), initial=0)
+    assert all(start <= bound for start, bound in zip(starts, bounds, strict=False))
+    assert step <= sum(new - 1 for _, new in lengths)
+    assert cache.num_free == cache.num_pages
+
+
+def test_longest_first_keeps_the_samples_of_a_prompt_together() -> None:
+    requests = _requests([(1, 3), (1, 9), (1, 9), (1, 4)])
+    assert [r.index for r in starting_order(requests, "longest_first")] == [1, 2, 3, 0]
+    assert starting_order(requests, "given") is requests
+
+
+MODEL = new_decoder(DecoderConfig(
+    family="llama", vocab_size=31, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2,
+    num_kv_heads=2, head_dim=8, max_positions=128, rotary_dim=8), 0)
+
+
+def _num_steps(order: str) -> tuple[int, list[list[int]]]:
+    settings = [SamplingConfig(max_new_tokens=n, stop_token_ids=()) for n in (4, 4, 4, 4, 40)]
+    steps = []
+    engine = Engine(MODEL, EngineConfig(max_batch_size=2, order=order))  # type: ignore[arg-type]
+    rollout = engine.generate([[1]] * 5, settings, on_progress=lambda *_: steps.append(1))
+    return len(steps), [rollout.response(row) for row in range(5)]
+
+
+def test_longest_first_shortens_the_tail_and_changes_nothing_else() -> None:
+    given, longest_first = _num_steps("given"), _num_steps("longest_first")
+    assert longest_first[0] <= 45 < given[0]
+    assert longest_first[1] == given[1]
+
+
+def test_a_page_of_a_cpu_holds_the_longest_sequence_unless_sizes_are_given() -> None:
+    def page_size(**sizes: int) -> int:
+        engine = Engine(MODEL, EngineConfig(**sizes))
+        engine.generate([[1] * 7, [1] * 30], SamplingConfig(max_new_tokens=5))
+        assert engine._idle_cache is not None
+        return engine._idle_cache.page_size
+
+    assert page_size() == 3 * 16 + 3  # 34 tokens, see fastrl.ops.paged_attention.slots_read
+    assert page_size(num_pages=40) == 16
+    assert page_size(page_size=8) == 8
