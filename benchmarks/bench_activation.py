@@ -1,28 +1,41 @@
 """swiglu and gelu, forward and backward."""
 
-import pytest
+from functools import partial
+
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 
-from benchmarks.harness import measure
-from fastrl import ops
-
-N, I = 4096, 2048  # noqa: E741
+from benchmarks.cases import Case, Inputs, Op
+from fastrl.ops import activation, gelu, swiglu
 
 
+def inputs(N: int, I: int, dtype: torch.dtype, halves: int) -> Inputs:  # noqa: E741
+    return {"x": torch.randn(N, halves * I, dtype=dtype), "dout": torch.randn(N, I, dtype=dtype)}
+
+
+def forward_and_backward(op: Op, x: Tensor, dout: Tensor, **settings: str) -> tuple[Tensor, ...]:
+    y = op(x, **settings)
+    return y.detach(), *torch.autograd.grad(y, x, dout)
+
+
+def liger_swiglu(gate_up: Tensor) -> Tensor:
+    """Liger-Kernel's, which takes gate and up as two tensors."""
+    from liger_kernel.transformers.functional import liger_swiglu
+
+    result: Tensor = liger_swiglu(*gate_up.chunk(2, dim=-1))
+    return result
+
+
+SIZES = {"cpu": {"N": 4096, "I": 2048}, "gpu": {"N": 8192, "I": 14336}, "small": {"N": 5, "I": 37}}
 # Elements of [N, I] that an ideal kernel reads and writes, forward and backward together.
-@pytest.mark.parametrize("name, elements", [("swiglu", 8), ("gelu", 5), ("gelu_tanh", 5)])
-@pytest.mark.parametrize("provider", ["torch"])
-def test_activation(benchmark: BenchmarkFixture, provider: str, name: str, elements: int) -> None:
-    x = torch.randn(N, 2 * I if name == "swiglu" else I, requires_grad=True)
-    dy = torch.randn(N, I)
-
-    def step() -> None:
-        if name == "swiglu":
-            y = ops.swiglu(x, backend=provider)
-        else:
-            y = ops.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none",
-                         backend=provider)
-        torch.autograd.grad(y, x, dy)
-
-    measure(benchmark, "activation", step, bytes_moved=4 * elements * N * I)
+CASES = [
+    Case(op=swiglu, reference=activation.swiglu_reference, inputs=partial(inputs, halves=2),
+         run=forward_and_backward, gradients=("x",), gpu_dtype=torch.bfloat16, **SIZES,
+         others={"liger": liger_swiglu},
+         bytes_moved=lambda N, I, dtype: 8 * N * I * dtype.itemsize),  # noqa: E741
+    *(Case(op=gelu, reference=activation.gelu_reference, inputs=partial(inputs, halves=1),
+           run=partial(forward_and_backward, approximate=approximate), name=approximate,
+           gradients=("x",), gpu_dtype=torch.bfloat16, **SIZES,
+           bytes_moved=lambda N, I, dtype: 5 * N * I * dtype.itemsize)  # noqa: E741
+      for approximate in ("none", "tanh")),
+]
