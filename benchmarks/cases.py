@@ -214,7 +214,7 @@ def backends_that_ran(function: Callable[[], object]) -> set[str]:
         module = frame.f_globals.get("__name__", "")
         if (event == "call" and module.startswith("fastrl_kernels.")
                 and frame.f_code.co_name != "supports"):
-            seen.add(module.split(".")[1])
+            seen.update({module.split(".")[1]} & set(BACKENDS))  # not what backends share
 
     sys.setprofile(watch)
     try:

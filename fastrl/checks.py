@@ -3,7 +3,7 @@
 None looks at a tensor's values, except `check_values` and `check_range` where FASTRL_CHECK is 1.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,27 @@ def check_shape(op: str, tensors: Mapping[str, Tensor], *, ndim: int, layout: st
         came = ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items())
         raise ShapeError(f"{op}: expected one shape {layout} for {', '.join(tensors)}; got {came}")
     check_device(op, tensors)
+
+
+def check_like(
+    op: str, name: str, tensors: Sequence[Tensor], shapes: Sequence[torch.Size],
+    dtype: torch.dtype, *, contiguous: bool,
+) -> None:
+    """A list of tensors has these shapes and this dtype, and is contiguous where that is asked.
+
+    Raises:
+        ShapeError: names the op, the list, the place in it, and what came.
+    """
+    if len(tensors) != len(shapes):
+        raise ShapeError(f"{op}: expected {len(shapes)} {name}, one for each parameter, got "
+                         f"{len(tensors)}")
+    for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ShapeError(f"{op}: expected {name}[{i}] {list(shape)} {dtype}, got "
+                             f"{list(tensor.shape)} {tensor.dtype}")
+        if contiguous and not tensor.is_contiguous():
+            raise ShapeError(f"{op}: expected {name}[{i}] to be contiguous, got strides "
+                             f"{list(tensor.stride())}; make it with torch.zeros")
 
 
 def check_device(op: str, tensors: Mapping[str, Tensor]) -> None:

@@ -117,6 +117,8 @@ class TrainConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices."""
+    optimizer_moments: Literal["float32", "8bit"] = "float32"
+    """AdamW's two moments: float32 (8 bytes per weight), or 8bit (2 bytes, rounded each step)."""
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this global norm; None never clips."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"

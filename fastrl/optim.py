@@ -12,33 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastrl.checks import wide_dtype
 from fastrl.config import TrainConfig
 from fastrl.errors import ConfigError, ShapeError
-
-_WIDE = (torch.float32, torch.float64)
-
-
-def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
-    """Split float32 values into a bf16 weight and the 16 bits that it drops.
-
-    The weight is the nearest bf16 (halves go away from zero), the remainder is the signed distance
-    of the bit patterns: together they are the float32 value exactly, in 4 bytes.
-
-    Args:
-        master: any shape, float32, finite.
-    Returns:
-        weight: bfloat16, remainder: int16, same shape.
-    """
-    bits = master.view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    remainder = bits - (high << 16)
-    return high.to(torch.int16).view(torch.bfloat16), remainder.to(torch.int16)
-
-
-def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 values that `split_master` split, bit for bit."""
-    high = weight.view(torch.int16).to(torch.int32) << 16
-    return (high + remainder.to(torch.int32)).view(torch.float32)
+from fastrl.ops import adamw_step, grad_norm
+from fastrl.ops.grad_norm import clip_coefficient
+from fastrl.state_formats import code_dtype, num_blocks
 
 
 class AdamW:
@@ -55,8 +34,10 @@ class AdamW:
         betas: Decays of the two moments.
         epsilon: Added to the root of the bias-corrected second moment.
         weight_decay: Applies to tensors of two or more dimensions only.
+        moments: "float32", or "8bit": a quarter of their memory, see
+            `fastrl.state_formats.encode_moment`.
     Raises:
-        ConfigError: when no parameter can be trained, or one has another dtype.
+        ConfigError: when no parameter can be trained, or one has a dtype that does not fit.
     Source: Loshchilov and Hutter 2019 (arXiv 1711.05101), algorithm 2.
     """
 
@@ -67,30 +48,42 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.95),
         epsilon: float = 1e-8,
         weight_decay: float = 0.0,
+        moments: str = "float32",
     ) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
         self.betas, self.epsilon, self.weight_decay = betas, epsilon, weight_decay
-        self.num_steps = 0
-        if not self.parameters:
-            raise ConfigError("AdamW: expected parameters to train, got none that requires a "
-                              "gradient; unfreeze the model first")
-        for p in self.parameters:
-            if p.dtype not in (*_WIDE, torch.bfloat16):
-                raise ConfigError(f"AdamW: expected float32, float64 or bfloat16 weights, got "
-                                  f"{p.dtype}; load the model with one of these dtypes")
-        wide = [torch.float64 if p.dtype == torch.float64 else torch.float32
-                for p in self.parameters]
-        zeros = [torch.zeros_like(p, dtype=d, requires_grad=False)
-                 for p, d in zip(self.parameters, wide, strict=True)]
-        self._first, self._second = zeros, [torch.zeros_like(z) for z in zeros]
-        self._remainders = {i: torch.zeros_like(p, dtype=torch.int16, requires_grad=False)
-                            for i, p in enumerate(self.parameters) if p.dtype == torch.bfloat16}
+        self.moments = moments
+        self._check()
+        self.num_steps = torch.zeros((), dtype=torch.int64, device=self.parameters[0].device)
+        is_8bit = moments == "8bit"
+        self._first = [_zeros(p, code_dtype(True) if is_8bit else wide_dtype(p.dtype))
+                       for p in self.parameters]
+        self._second = [_zeros(p, code_dtype(False) if is_8bit else wide_dtype(p.dtype))
+                        for p in self.parameters]
+        self._scales = [(_scales(p), _scales(p)) for p in self.parameters] if is_8bit else []
+        self._remainders = {i: _zeros(p, torch.int16) for i, p in enumerate(self.parameters)
+                            if p.dtype == torch.bfloat16}
 
     @classmethod
     def from_config(cls, parameters: Iterable[Tensor], config: TrainConfig) -> "AdamW":
         """The optimiser that a trainer's config describes."""
         return cls(parameters, betas=(config.adam_beta1, config.adam_beta2),
-                   epsilon=config.adam_epsilon, weight_decay=config.weight_decay)
+                   epsilon=config.adam_epsilon, weight_decay=config.weight_decay,
+                   moments=config.optimizer_moments)
+
+    def _check(self) -> None:
+        if self.moments not in ("float32", "8bit"):
+            raise ConfigError(f"AdamW: expected moments float32 or 8bit, got {self.moments!r}")
+        if not self.parameters:
+            raise ConfigError("AdamW: expected parameters to train, got none that requires a "
+                              "gradient; unfreeze the model first")
+        for p in self.parameters:
+            if p.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+                raise ConfigError(f"AdamW: expected float32, float64 or bfloat16 weights, got "
+                                  f"{p.dtype}; load the model with one of these dtypes")
+            if p.dtype == torch.float64 and self.moments == "8bit":
+                raise ConfigError("AdamW: expected float32 or bfloat16 weights with 8-bit moments, "
+                                  "got float64; set optimizer_moments to float32")
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
@@ -98,46 +91,34 @@ class AdamW:
             p.grad = None
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """Update every parameter that has a gradient; the others stay as they are."""
+    def step(self, learning_rate: float, scale: Tensor | None = None) -> None:
+        """Update every parameter that has a gradient; the others stay as they are.
+
+        Args:
+            learning_rate: Of this step.
+            scale: Multiplies the gradients on the way, see `clip_scale`; None: 1.
+        """
         self.num_steps += 1
         active = [i for i, p in enumerate(self.parameters) if p.grad is not None]
-        if not active:
-            return
-        masters = [self._master(i) for i in active]
-        gradients = [self.parameters[i].grad.to(m.dtype)  # type: ignore[union-attr]
-                     for i, m in zip(active, masters, strict=True)]
-        first, second = [self._first[i] for i in active], [self._second[i] for i in active]
-        beta1, beta2 = self.betas
-        torch._foreach_lerp_(first, gradients, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
-        scale = torch._foreach_sqrt(second)
-        torch._foreach_div_(scale, math.sqrt(1 - beta2**self.num_steps))
-        torch._foreach_add_(scale, self.epsilon)
-        matrices = [m for m in masters if m.ndim >= 2]
-        if self.weight_decay and matrices:
-            torch._foreach_mul_(matrices, 1 - learning_rate * self.weight_decay)
-        torch._foreach_addcdiv_(masters, first, scale,
-                                -learning_rate / (1 - beta1**self.num_steps))
-        for i, master in zip(active, masters, strict=True):
-            if i in self._remainders:
-                weight, remainder = split_master(master)
-                self.parameters[i].copy_(weight)
-                self._remainders[i].copy_(remainder)
-
-    def _master(self, index: int) -> Tensor:
-        """The exact weight: the parameter itself, or its float32 master."""
-        parameter = self.parameters[index].detach()
-        if index in self._remainders:
-            return join_master(parameter, self._remainders[index])
-        return parameter
+        for dtype in dict.fromkeys(self.parameters[i].dtype for i in active):
+            group = [i for i in active if self.parameters[i].dtype == dtype]
+            parameters = [self.parameters[i] for i in group]
+            adamw_step(
+                parameters, [p.grad for p in parameters],  # type: ignore[misc]
+                [self._first[i] for i in group], [self._second[i] for i in group],
+                [self._remainders[i] for i in group if i in self._remainders],
+                step=self.num_steps, learning_rate=learning_rate, betas=self.betas,
+                epsilon=self.epsilon, weight_decay=self.weight_decay,
+                decayed=[p.ndim >= 2 for p in parameters], scale=scale,
+                moment_scales=[self._scales[i] for i in group] if self._scales else ())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Step count, moments and bf16 remainders under flat names; the tensors are not copied."""
-        state = {"num_steps": torch.tensor(self.num_steps, dtype=torch.int64)}
+        state = {"num_steps": self.num_steps}
         for i, (first, second) in enumerate(zip(self._first, self._second, strict=True)):
             state[f"first.{i}"], state[f"second.{i}"] = first, second
+        for i, (first, second) in enumerate(self._scales):
+            state[f"first_scale.{i}"], state[f"second_scale.{i}"] = first, second
         for i, remainder in self._remainders.items():
             state[f"remainder.{i}"] = remainder
         return state
@@ -146,11 +127,24 @@ class AdamW:
         """Copy a `state_dict` of the same model into this optimiser.
 
         Raises:
+            ConfigError: when the state's moments are of the other kind.
             ShapeError: when names or shapes are not those of this optimiser.
         """
-        own = self.state_dict()
-        _copy_state("AdamW", own, state)
-        self.num_steps = int(state["num_steps"])
+        kind = "8bit" if "first_scale.0" in state else "float32"
+        if "first.0" in state and kind != self.moments:
+            raise ConfigError(f"AdamW: expected a state with {self.moments} moments, got {kind}; "
+                              f"set optimizer_moments to {kind}, or start without this state")
+        _copy_state("AdamW", self.state_dict(), state)
+
+
+def _zeros(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous zeros of the parameter's shape on its device."""
+    return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+
+
+def _scales(parameter: Tensor) -> Tensor:
+    """The scales of a moment in 8 bits that is 0."""
+    return torch.zeros(num_blocks(parameter.numel()), device=parameter.device)
 
 
 def _copy_state(owner: str, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -167,8 +161,34 @@ def _copy_state(owner: str, own: Mapping[str, Tensor], state: Mapping[str, Tenso
 
 
 @torch.no_grad()
+def clip_scale(
+    parameters: Iterable[Tensor], max_norm: float | None
+) -> tuple[float, Tensor | None]:
+    """The global L2 norm of the gradients, and the scale that bounds it at `max_norm`.
+
+    Nothing is changed: `AdamW.step` multiplies by the scale while it reads the gradients.
+
+    Args:
+        parameters: Tensors whose `.grad` counts; those without one are skipped.
+        max_norm: None never clips.
+    Returns:
+        norm: Of the unscaled gradients; NaN or infinity when a gradient has one.
+        scale: Scalar on the device, 1 where nothing is to be clipped or the norm is not finite;
+            None without `max_norm` or without gradients.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return 0.0, None
+    norm = grad_norm(gradients)
+    scale = None if max_norm is None else clip_coefficient(norm, max_norm)
+    return float(norm), scale
+
+
+@torch.no_grad()
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> float:
     """Scale all gradients together so that their global L2 norm is at most `max_norm`.
+
+    For loops that look at the clipped gradients; `clip_scale` saves this pass over them.
 
     Args:
         parameters: Tensors whose `.grad` is scaled in place; those without one are skipped.
@@ -177,14 +197,12 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None) -> floa
         The norm before clipping, computed in float32 or wider. NaN or infinity when a gradient has
         one; nothing is scaled then.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return 0.0
-    norms = [torch.linalg.vector_norm(g, dtype=g.dtype if g.dtype in _WIDE else torch.float32)
-             for g in gradients]
-    norm = float(torch.linalg.vector_norm(torch.stack([n.double() for n in norms])))
-    if max_norm is not None and max_norm < norm < math.inf:
-        torch._foreach_mul_(gradients, max_norm / norm)
+    parameters = list(parameters)
+    norm, scale = clip_scale(parameters, max_norm)
+    if scale is not None:
+        for p in parameters:
+            if p.grad is not None:
+                p.grad.mul_(scale)
     return norm
 
 

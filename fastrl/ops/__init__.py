@@ -1,7 +1,9 @@
 """Operations: tensors in, tensors out, one file each, with every path of an op in its file."""
 
 from fastrl.ops.activation import gelu, swiglu
+from fastrl.ops.adamw import adamw_step
 from fastrl.ops.gae import compute_gae
+from fastrl.ops.grad_norm import grad_norm
 from fastrl.ops.kl import kl_estimate
 from fastrl.ops.kv_cache import write_kv
 from fastrl.ops.linear_cross_entropy import linear_cross_entropy
@@ -24,11 +26,13 @@ __all__ = [
     "PolicyStats",
     "RankingStats",
     "ValueStats",
+    "adamw_step",
     "add_layer_norm",
     "add_rms_norm",
     "compute_gae",
     "gather_logprobs",
     "gelu",
+    "grad_norm",
     "kl_estimate",
     "layer_norm",
     "linear_cross_entropy",

@@ -21,7 +21,7 @@ from fastrl.metrics import PhaseTimer, RunFolder
 from fastrl.models.causal_lm import CausalLM, ScalarModel
 from fastrl.models.scoring import response_logprobs, response_values
 from fastrl.ops import shape_rewards
-from fastrl.optim import AdamW, Schedule, clip_grad_norm
+from fastrl.optim import AdamW, Schedule, clip_scale
 from fastrl.rewards import RewardModelScorer, Scorer, TextDecoder, adjust_scores, decode_response
 from fastrl.trainers.common import (
     Progress,
@@ -316,11 +316,12 @@ class PPOTrainer:
             result["loss/ptx"] = backward_token_loss(
                 self.policy, [self.ptx[i] for i in windows], config.max_tokens_per_microbatch,
                 weight=config.ptx_coef)
-        result["grad/policy_norm"] = clip_grad_norm(self.policy.parameters(), config.max_grad_norm)
+        result["grad/policy_norm"], scale = clip_scale(self.policy.parameters(),
+                                                       config.max_grad_norm)
         check_update_finite(self.iteration, rows, metrics | result)
         # The policy's warmup begins when the policy does, after the critic's own iterations.
         learning_rate = self.policy_schedule(self.iteration - config.num_critic_warmup_iterations)
-        self.policy_optimizer.step(learning_rate)
+        self.policy_optimizer.step(learning_rate, scale)
         self.policy_optimizer.zero_grad()
         self.weights.follow()
         return result | {"lr/policy": learning_rate}
@@ -328,11 +329,11 @@ class PPOTrainer:
     def _step_critic(self, batch: PPOBatch, rows: list[int]) -> dict[str, float]:
         """One optimiser step of the critic: its own gradient, clip norm and learning rate."""
         metrics = backward_critic(self.critic, batch, rows, self.config)
-        metrics["grad/critic_norm"] = clip_grad_norm(self.critic.parameters(),
-                                                     self.config.critic_max_grad_norm)
+        metrics["grad/critic_norm"], scale = clip_scale(self.critic.parameters(),
+                                                        self.config.critic_max_grad_norm)
         check_update_finite(self.iteration, rows, metrics)
         learning_rate = self.critic_schedule(self.iteration)
-        self.critic_optimizer.step(learning_rate)
+        self.critic_optimizer.step(learning_rate, scale)
         self.critic_optimizer.zero_grad()
         return metrics | {"lr/critic": learning_rate}
 

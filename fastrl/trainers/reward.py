@@ -21,7 +21,7 @@ from fastrl.metrics import PhaseTimer, RunFolder, peak_memory_gib
 from fastrl.models.causal_lm import ScalarModel
 from fastrl.models.scoring import sequence_scores
 from fastrl.ops import RankingStats, ranking_loss
-from fastrl.optim import AdamW, Schedule, clip_grad_norm
+from fastrl.optim import AdamW, Schedule, clip_scale
 from fastrl.trainers.common import (
     Progress,
     SilentProgress,
@@ -98,9 +98,10 @@ class RewardTrainer:
         learning_rate = self.schedule(self.num_finished)
         self.optimizer.zero_grad()
         metrics = backward_ranking_loss(self.model, batch, config)
-        metrics["grad/norm"] = clip_grad_norm(self.optimizer.parameters, config.max_grad_norm)
+        metrics["grad/norm"], scale = clip_scale(self.optimizer.parameters,
+                                                 config.max_grad_norm)
         check_finite(number, metrics)
-        self.optimizer.step(learning_rate)
+        self.optimizer.step(learning_rate, scale)
         self.num_finished = number
         return metrics | {
             "lr/model": learning_rate,

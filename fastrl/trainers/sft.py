@@ -21,7 +21,7 @@ from fastrl.errors import ConfigError
 from fastrl.metrics import PhaseTimer, RunFolder, peak_memory_gib, write_atomic
 from fastrl.models.causal_lm import CausalLM
 from fastrl.models.weights import load_causal_lm, save_causal_lm
-from fastrl.optim import AdamW, Schedule, clip_grad_norm
+from fastrl.optim import AdamW, Schedule, clip_scale
 from fastrl.trainers.common import (
     Progress,
     SilentProgress,
@@ -112,9 +112,10 @@ class SFTTrainer:
             if windows:
                 metrics["loss/ptx"] = backward_token_loss(
                     self.model, windows, config.max_tokens_per_microbatch, config.ptx_coef)
-        metrics["grad/norm"] = clip_grad_norm(self.optimizer.parameters, config.max_grad_norm)
+        metrics["grad/norm"], scale = clip_scale(self.optimizer.parameters,
+                                                 config.max_grad_norm)
         check_finite(number, metrics)
-        self.optimizer.step(learning_rate)
+        self.optimizer.step(learning_rate, scale)
         self.num_finished = number
         num_tokens = sum(len(e.token_ids) for e in (*examples, *windows))
         return metrics | {

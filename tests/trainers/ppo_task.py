@@ -98,8 +98,10 @@ def catch_gradients(trainer: PPOTrainer) -> list[dict[str, list[Tensor]]]:
         ("policy", trainer.policy, trainer.policy_optimizer),
         ("critic", trainer.critic, trainer.critic_optimizer),
     ):
-        def record(learning_rate: float, name: str = name, model: Any = model) -> None:
-            steps.append({name: [torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        def record(learning_rate: float, scale: Tensor | None, name: str = name,
+                   model: Any = model) -> None:
+            factor = 1.0 if scale is None else scale
+            steps.append({name: [torch.zeros_like(p) if p.grad is None else factor * p.grad
                                  for p in model.parameters()]})
 
         optimizer.step = record  # type: ignore[method-assign]

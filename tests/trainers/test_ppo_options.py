@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastrl.advantages import gae
 from fastrl.config import EngineConfig, PPOConfig, SamplingConfig
@@ -223,8 +224,8 @@ def test_ema_follows_every_optimiser_step(task: SimpleNamespace) -> None:
     step = trainer.policy_optimizer.step
     count = []
 
-    def step_and_average(learning_rate: float) -> None:
-        step(learning_rate)
+    def step_and_average(learning_rate: float, scale: Tensor | None) -> None:
+        step(learning_rate, scale)
         count.append(1)
         for average, weight in zip(expected, trainer.policy.parameters(), strict=True):
             average.mul_(0.5).add_(weight.detach(), alpha=0.5)

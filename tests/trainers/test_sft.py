@@ -69,6 +69,17 @@ def test_sft_memorises_a_sentence_per_prompt():
     assert evaluate_token_loss(model, examples, 100) < 0.02
 
 
+def test_8bit_moments_reach_the_loss_of_float32_ones():
+    losses = {}
+    for moments in ("float32", "8bit"):
+        model = make_model()
+        config = make_config(num_epochs=20, optimizer_moments=moments, learning_rate=1e-2)
+        SFTTrainer(config, model, make_examples(16)).train()
+        losses[moments] = evaluate_token_loss(model, make_examples(16), 100)
+    assert losses["float32"] < 1.6  # log 17 = 2.83 at the start
+    assert losses["8bit"] == pytest.approx(losses["float32"], rel=0.02)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("packing", [False, True])
 def test_token_budget_changes_nothing(dtype, tolerance, packing):

@@ -1,0 +1,300 @@
+"""adamw_step: the optimiser's pass over weights, gradients and moments.
+
+    g = scale dL/dw        m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
+    w <- w (1 - lr wd) - step_size m / (sqrt(v) + epsilon root)
+    root = sqrt(1 - b2^t)        step_size = lr root / (1 - b1^t)
+
+The last line is bias correction with the constants moved out of the elements. Every product and sum
+is rounded by itself, in this order, so that torch on any CPU and the kernels give the same bits.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from fastrl.backends import choose
+from fastrl.checks import check_device, check_like, check_not_negative, check_positive, wide_dtype
+from fastrl.errors import ShapeError
+from fastrl.state_formats import (
+    BLOCK_SIZE,
+    code_dtype,
+    decode_moment,
+    encode_moment,
+    exact_sqrt,
+    join_master,
+    num_blocks,
+    split_master,
+)
+
+# Order by measurement; no GPU result yet, so "auto" keeps the proven path.
+PREFERENCE = ("torch", "triton", "cuda")
+
+# Elements of one pass: what a CPU's second-level cache holds with two temporaries; elsewhere what
+# bounds those to some hundred MiB. Multiples of BLOCK_SIZE.
+PIECE_ELEMENTS = {"cpu": 1 << 16}
+LARGE_PIECE_ELEMENTS = 1 << 26
+
+Scales = Sequence[tuple[Tensor, Tensor]]
+
+
+class _Factors(NamedTuple):
+    """Scalars of a step in the type of the arithmetic; as tensors they cost half as much."""
+
+    keep_first: Tensor
+    add_first: Tensor
+    keep_second: Tensor
+    add_second: Tensor
+    step_size: Tensor
+    epsilon: Tensor
+    decay: Tensor | None
+    scale: Tensor | None
+
+
+def _factors(
+    dtype: torch.dtype, step: Tensor, learning_rate: float, betas: tuple[float, float],
+    epsilon: float, weight_decay: float, scale: Tensor | None,
+) -> _Factors:
+    root = (1 - betas[1] ** step.double()).sqrt()
+    step_size = learning_rate * root / (1 - betas[0] ** step.double())
+    decay = 1 - learning_rate * weight_decay
+
+    def constant(value: float) -> Tensor:
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
+    return _Factors(
+        constant(betas[0]), constant(1 - betas[0]), constant(betas[1]), constant(1 - betas[1]),
+        step_size.to(dtype), (epsilon * root).to(dtype), constant(decay) if decay != 1 else None,
+        None if scale is None else scale.to(dtype))
+
+
+def _update(
+    weight: Tensor, gradient: Tensor, m: Tensor, v: Tensor, factors: _Factors, decays: bool,
+    one: Tensor, other: Tensor,
+) -> None:
+    """The formula on flat tensors of one wide type; `one` and `other` are scratch of their size."""
+    if factors.scale is not None:
+        gradient = torch.mul(gradient, factors.scale, out=one)
+    torch.mul(gradient, factors.add_first, out=other)
+    m.mul_(factors.keep_first).add_(other)
+    torch.mul(gradient, factors.add_second, out=other).mul_(gradient)
+    v.mul_(factors.keep_second).add_(other)
+    exact_sqrt(v, out=other).add_(factors.epsilon)
+    torch.mul(m, factors.step_size, out=one)
+    if decays and factors.decay is not None:
+        weight.mul_(factors.decay)
+    weight.addcdiv_(one, other, value=-1)
+
+
+def _update_stored(
+    stored: Sequence[Tensor], scales: tuple[Tensor, ...], factors: _Factors, decays: bool,
+    scratch: Tensor,
+) -> None:
+    """The same on flat tensors as they are stored: weight, gradient, m, v, and a remainder."""
+    weight, gradient, first, second, *remainder = stored
+    size, m, v = len(weight), first, second
+    exact = join_master(weight, remainder[0]) if remainder else weight
+    if scales:
+        m, v = decode_moment(first, scales[0]), decode_moment(second, scales[1]).square_()
+    _update(exact, gradient.to(exact.dtype), m, v, factors, decays, scratch[0, :size],
+            scratch[1, :size])
+    if remainder:
+        for target, part in zip((weight, *remainder), split_master(exact), strict=True):
+            target.copy_(part)
+    if scales:
+        for target, part in zip((first, scales[0], second, scales[1]),
+                                (*encode_moment(m, signed=True),
+                                 *encode_moment(exact_sqrt(v, out=v), signed=False)), strict=True):
+            target.copy_(part)
+
+
+@torch.no_grad()
+def adamw_step_reference(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    remainders: Sequence[Tensor] = (),
+    *,
+    step: Tensor,
+    learning_rate: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float = 0.0,
+    decayed: Sequence[bool] | None = None,
+    scale: Tensor | None = None,
+    moment_scales: Scales = (),
+) -> None:
+    """adamw_step in plain torch, in pieces whose temporaries stay in a CPU's cache."""
+    decayed = [True] * len(parameters) if decayed is None else decayed
+    if weight_decay == 0:
+        decayed = [False] * len(parameters)  # one bundle instead of two
+    dtype, device = wide_dtype(parameters[0].dtype), parameters[0].device
+    factors = _factors(dtype, step, learning_rate, betas, epsilon, weight_decay, scale)
+    columns = [parameters, gradients, first, second, *([remainders] if remainders else [])]
+    numels = [p.numel() for p in parameters]
+    limit = PIECE_ELEMENTS.get(device.type, LARGE_PIECE_ELEMENTS)
+    scratch = torch.empty(2, min(limit, sum(numels)), dtype=dtype, device=device)
+    small = 0 if moment_scales else limit // 8  # codes share scales, they cannot be joined
+    for i in (i for i, numel in enumerate(numels) if numel > small):
+        flat = [column[i].reshape(-1) for column in columns]
+        for begin in range(0, numels[i], limit):
+            end = min(begin + limit, numels[i])
+            scales = tuple(s[begin // BLOCK_SIZE:num_blocks(end)]
+                           for s in (moment_scales[i] if moment_scales else ()))
+            _update_stored([x[begin:end] for x in flat], scales, factors, decayed[i], scratch)
+        if not parameters[i].is_contiguous():
+            parameters[i].copy_(flat[0].view(parameters[i].shape))
+    for bundle in _bundles(numels, decayed, small, limit):
+        tensors = [[column[i] for i in bundle] for column in columns]
+        joined = [_flatten_dense_tensors(x) for x in tensors]  # type: ignore[no-untyped-call]
+        _update_stored(joined, (), factors, decayed[bundle[0]], scratch)
+        for targets, values in zip(tensors[:1] + tensors[2:], joined[:1] + joined[2:], strict=True):
+            parts = _unflatten_dense_tensors(values, targets)  # type: ignore[no-untyped-call]
+            torch._foreach_copy_(targets, parts)
+
+
+def _bundles(
+    numels: Sequence[int], decayed: Sequence[bool], small: int, limit: int
+) -> Iterator[list[int]]:
+    """Tensors of at most `small` elements in groups of at most `limit`, one kind in each.
+
+    They are laid end to end, because a call per small tensor costs more than its arithmetic.
+    """
+    for kind in (True, False):
+        bundle, room = list[int](), limit
+        for i, numel in enumerate(numels):
+            if decayed[i] is not kind or not 0 < numel <= small:
+                continue
+            if numel > room:
+                yield bundle
+                bundle, room = [], limit
+            bundle.append(i)
+            room -= numel
+        if bundle:
+            yield bundle
+
+
+def _check(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], first: Sequence[Tensor],
+    second: Sequence[Tensor], remainders: Sequence[Tensor], step: Tensor,
+    decayed: Sequence[bool], scale: Tensor | None, moment_scales: Scales,
+) -> None:
+    op = "adamw_step"
+    if not parameters:
+        raise ShapeError(f"{op}: expected at least one parameter, got none")
+    if (dtype := parameters[0].dtype) not in (torch.float32, torch.float64, torch.bfloat16):
+        raise ShapeError(f"{op}: expected float32, float64 or bfloat16 parameters, got {dtype}; "
+                         "convert them")
+    is_narrow, is_8bit = dtype == torch.bfloat16, bool(moment_scales)
+    if is_narrow != bool(remainders):
+        raise ShapeError(f"{op}: expected remainders beside bfloat16 parameters and only there, "
+                         f"got {len(remainders)} for {dtype}")
+    if is_8bit and dtype == torch.float64:
+        raise ShapeError(f"{op}: expected float32 or bfloat16 with 8-bit moments, got {dtype}")
+    wide = wide_dtype(dtype)
+    columns: dict[str, tuple[Sequence[Tensor], torch.dtype]] = {
+        "parameters": (parameters, dtype), "gradients": (gradients, dtype),
+        "first": (first, code_dtype(True) if is_8bit else wide),
+        "second": (second, code_dtype(False) if is_8bit else wide)}
+    if is_narrow:
+        columns["remainders"] = (remainders, torch.int16)
+    shapes = [p.shape for p in parameters]
+    for name, (tensors, expected) in columns.items():
+        check_like(op, name, tensors, shapes, expected,
+                   contiguous=name in ("first", "second", "remainders"))
+    if len(decayed) != len(parameters) or len(moment_scales) not in (0, len(parameters)):
+        raise ShapeError(f"{op}: expected {len(parameters)} entries of decayed and moment_scales, "
+                         f"got {len(decayed)} and {len(moment_scales)}")
+    for i, pair in enumerate(moment_scales):
+        count = num_blocks(parameters[i].numel())
+        if any(s.shape != (count,) or s.dtype != torch.float32 for s in pair):
+            raise ShapeError(f"{op}: expected two moment_scales[{i}] [{count}] float32, got "
+                             f"{[(list(s.shape), s.dtype) for s in pair]}")
+    if step.dim() or step.dtype != torch.int64:
+        raise ShapeError(f"{op}: expected step to be an int64 scalar, got {list(step.shape)} "
+                         f"{step.dtype}; make it with torch.tensor(1)")
+    if scale is not None and (scale.dim() or not scale.is_floating_point()):
+        raise ShapeError(f"{op}: expected scale to be a floating point scalar, got "
+                         f"{list(scale.shape)} {scale.dtype}")
+    others = [t for tensors, _ in columns.values() for t in tensors]
+    others += [s for pair in moment_scales for s in pair] + ([] if scale is None else [scale])
+    if any(t.device != step.device for t in others):
+        check_device(op, {"step": step, **{f"tensor {i}": t for i, t in enumerate(others)}})
+
+
+def adamw_step(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    remainders: Sequence[Tensor] = (),
+    *,
+    step: Tensor,
+    learning_rate: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float = 0.0,
+    decayed: Sequence[bool] | None = None,
+    scale: Tensor | None = None,
+    moment_scales: Scales = (),
+    backend: str | None = None,
+) -> None:
+    """One step of AdamW on lists of tensors, in place, in one pass over their bytes.
+
+        g = scale dL/dw        m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
+        w <- w (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + epsilon)
+
+    A step updates with the new moments before they are stored in 8 bits.
+
+    Args:
+        parameters: K tensors of one dtype: float32, float64, or bfloat16 with remainders.
+        gradients: Of the same shapes and dtype; read only.
+        first, second: m and v. Contiguous, of the parameters' shapes, float32 (float64 for
+            float64); with moment_scales int8 codes of m and uint8 codes of the root of v.
+        remainders: int16, see `fastrl.state_formats.split_master`; empty but for bfloat16.
+        step: int64 scalar, t, the number of this step from 1.
+        learning_rate, betas, epsilon: As in the formula.
+        weight_decay: wd, of the parameters that `decayed` marks.
+        decayed: K flags; None: all.
+        scale: Floating scalar on the device, multiplies the gradients; None: 1. See
+            `fastrl.ops.grad_norm.clip_coefficient`.
+        moment_scales: Empty, or per parameter the scales of m and of the root of v, see
+            `fastrl.state_formats.encode_moment`.
+        backend: See fastrl.backends.
+    Raises:
+        ShapeError: when shapes, dtypes, devices or numbers of tensors do not fit together.
+        ConfigError: when a setting is negative.
+        BackendUnavailableError: when a backend is named that cannot run.
+    Cost: reads and writes 28 bytes per float32 parameter, 26 per bfloat16 one, 14 with 8-bit
+        moments; torch's path makes about twelve passes over pieces that fit a CPU's cache.
+    Source: Loshchilov and Hutter 2019 (arXiv 1711.05101), algorithm 2.
+    Example:
+        >>> weight, m, v = torch.ones(2), torch.zeros(2), torch.zeros(2)
+        >>> adamw_step([weight], [torch.tensor([3.0, -1.0])], [m], [v], step=torch.tensor(1),
+        ...            learning_rate=0.5, betas=(0.9, 0.95), epsilon=1e-8)
+        >>> weight.tolist()
+        [0.5, 1.5]
+    """
+    decayed = [True] * len(parameters) if decayed is None else decayed
+    _check(parameters, gradients, first, second, remainders, step, decayed, scale, moment_scales)
+    check_not_negative("adamw_step", learning_rate=learning_rate, weight_decay=weight_decay)
+    check_positive("adamw_step", epsilon=epsilon)
+    name = choose("adamw_step", "adamw", PREFERENCE, step.device.type, parameters[0].dtype, backend)
+    settings: dict[str, Any] = {
+        "step": step, "learning_rate": learning_rate, "betas": betas, "epsilon": epsilon,
+        "weight_decay": weight_decay, "decayed": decayed, "scale": scale,
+        "moment_scales": moment_scales}
+    tensors = (parameters, gradients, first, second, remainders)
+    if name == "triton":
+        from fastrl_kernels.triton import adamw
+
+        adamw.adamw_step(*tensors, **settings)
+    elif name == "cuda":
+        from fastrl_kernels.cuda import adamw as cuda_adamw
+
+        cuda_adamw.adamw_step(*tensors, **settings)
+    else:
+        adamw_step_reference(*tensors, **settings)
