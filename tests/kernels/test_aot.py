@@ -22,6 +22,8 @@ ALLOWED_SPILLS: dict[tuple[str, int], int] = {
     ("_norm_fwd_kernel", 80): 8, ("_norm_fwd_kernel", 90): 8, ("_norm_bwd_kernel", 80): 16,
 }
 """(kernel, architecture) -> bytes of stack a thread may use, each with the reason beside it."""
+READS_ADDRESSES = {"_adamw_kernel", "_squares_kernel"}
+"""Kernels that find tensors through a table: constants say the dtypes, not the arguments."""
 
 FLOAT32_ONLY = {"_merge_slices_kernel", "_ppo_loss_reduce_kernel"}
 """Kernels that read nothing but what another kernel wrote in float32."""
@@ -37,7 +39,8 @@ def compile_all(name: str, every: bool) -> list[dict[str, object]]:
     for kernel, types, constants in importlib.import_module(
         f"fastrl_kernels.triton.{name}"
     ).aot_cases(every):
-        options = {k: v for k, v in constants.items() if k in ("num_warps", "num_stages")}
+        options = {k: v for k, v in constants.items()
+                   if k in ("num_warps", "num_stages", "enable_fp_fusion")}
         fixed = {k: v for k, v in constants.items() if k not in options}
         signature = {a: "constexpr" if a in fixed else types[a].removesuffix(":16")
                      for a in kernel.arg_names}
@@ -79,7 +82,7 @@ def test_compiles_and_spills_nothing(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     rows = json.loads(done.stdout.splitlines()[-1])
     assert {row["arch"] for row in rows} == set(ARCHITECTURES)
-    for kernel in {row["kernel"] for row in rows} - FLOAT32_ONLY:
+    for kernel in {row["kernel"] for row in rows} - FLOAT32_ONLY - READS_ADDRESSES:
         pointers = {p for row in rows if row["kernel"] == kernel for p in row["pointers"]}
         assert {"*fp32", "*fp16", "*bf16"} <= pointers, f"{kernel}: not every dtype"
     for row in rows:
