@@ -163,6 +163,58 @@ void run_gather_logprobs_gradient(const Tensor logits, const Tensor token_ids,
         gradient.stride(0), on_stream(logits, stream)));
 }
 
+// The tensors of a launch over many are known by the addresses in `table`, which the caller keeps.
+void run_adamw(const Tensor table, const Tensor chunks, const Tensor step_factors, double beta1,
+               double beta2, double decay, bool is_bf16, bool is_8bit, int64_t stream) {
+    const char* op = "adamw";
+    require(table.dim() == 2 && table.size(1) == 9, op, "table", "[K, 9]");
+    require(chunks.dim() == 2 && chunks.size(1) == 2, op, "chunks", "[n, 2]");
+    const int64_t num_chunks = chunks.size(0);
+    require(num_chunks < (int64_t{1} << 31), op, "chunks", "below 2^31");
+    const DeviceGuard guard(table.get_device_index());
+    finish(op, adamw(
+        static_cast<const int64_t*>(
+            data(op, "table", table, ScalarType::Long, table.numel(), table)),
+        static_cast<const int*>(
+            data(op, "chunks", chunks, ScalarType::Int, 2 * num_chunks, table)),
+        num_chunks,
+        static_cast<const float*>(
+            data(op, "step_factors", step_factors, ScalarType::Float, 3, table)),
+        static_cast<float>(beta1), static_cast<float>(1 - beta1), static_cast<float>(beta2),
+        static_cast<float>(1 - beta2), static_cast<float>(decay), is_bf16, is_8bit,
+        on_stream(table, stream)));
+}
+
+void run_grad_norm_parts(const Tensor table, const Tensor chunks, int64_t type, const Tensor sums,
+                         int64_t stream) {
+    const char* op = "grad_norm_parts";
+    require(table.dim() == 2 && table.size(1) == 2, op, "table", "[K, 2]");
+    require(chunks.dim() == 2 && chunks.size(1) == 2, op, "chunks", "[n, 2]");
+    require(type >= 0 && type <= 2, op, "type", "0 (float32), 1 (float16) or 2 (bfloat16)");
+    const int64_t num_chunks = chunks.size(0);
+    require(num_chunks < (int64_t{1} << 31), op, "chunks", "below 2^31");
+    const DeviceGuard guard(table.get_device_index());
+    finish(op, grad_norm_parts(
+        static_cast<const int64_t*>(
+            data(op, "table", table, ScalarType::Long, table.numel(), table)),
+        static_cast<const int*>(
+            data(op, "chunks", chunks, ScalarType::Int, 2 * num_chunks, table)),
+        num_chunks, static_cast<FloatType>(type),
+        static_cast<double*>(data(op, "sums", sums, ScalarType::Double, num_chunks, table)),
+        on_stream(table, stream)));
+}
+
+void run_grad_norm_merge(const Tensor sums, const Tensor norm, int64_t stream) {
+    const char* op = "grad_norm_merge";
+    const DeviceGuard guard(sums.get_device_index());
+    finish(op, grad_norm_merge(
+        static_cast<const double*>(
+            data(op, "sums", sums, ScalarType::Double, sums.numel(), sums)),
+        sums.numel(),
+        static_cast<double*>(data(op, "norm", norm, ScalarType::Double, 1, sums)),
+        on_stream(sums, stream)));
+}
+
 }  // namespace
 }  // namespace fastrl
 
@@ -183,6 +235,11 @@ STABLE_TORCH_LIBRARY(fastrl_cuda, m) {
     m.def("gather_logprobs_gradient(Tensor logits, Tensor token_ids, Tensor entropy, "
           "Tensor maximum, Tensor log_sum, Tensor dlogprobs, Tensor? dentropy, "
           "float temperature, Tensor(a!) gradient, int stream) -> ()");
+    m.def("adamw(Tensor table, Tensor chunks, Tensor step_factors, float beta1, float beta2, "
+          "float decay, bool is_bf16, bool is_8bit, int stream) -> ()");
+    m.def("grad_norm_parts(Tensor table, Tensor chunks, int type, Tensor(a!) sums, int stream) "
+          "-> ()");
+    m.def("grad_norm_merge(Tensor sums, Tensor(a!) norm, int stream) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrl_cuda, CUDA, m) {
@@ -192,6 +249,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastrl_cuda, CUDA, m) {
     m.impl("shape_rewards", TORCH_BOX(&fastrl::run_shape_rewards));
     m.impl("gather_logprobs", TORCH_BOX(&fastrl::run_gather_logprobs));
     m.impl("gather_logprobs_gradient", TORCH_BOX(&fastrl::run_gather_logprobs_gradient));
+    m.impl("adamw", TORCH_BOX(&fastrl::run_adamw));
+    m.impl("grad_norm_parts", TORCH_BOX(&fastrl::run_grad_norm_parts));
+    m.impl("grad_norm_merge", TORCH_BOX(&fastrl::run_grad_norm_merge));
 }
 
 // `import fastrl_kernels._C` loads the library, whose static objects register the ops.

@@ -22,6 +22,24 @@ struct LogitRows {
     int64_t stride;
 };
 
+// Elements of one tensor that a block of a launch over many tensors works on.
+constexpr int TENSOR_CHUNK = 16384;
+
+// table [K, 9]: addresses of weight, gradient, m, v, remainder, scales of m and v (0 where there is
+// none), whether the weight decays, number of elements. chunks [num_chunks, 2]: tensor, number of
+// the chunk in it. step_factors [3]: step_size, epsilon, scale of the gradients.
+const char* adamw(const int64_t* table, const int* chunks, int64_t num_chunks,
+                  const float* step_factors, float beta1, float add_first, float beta2,
+                  float add_second, float decay, bool is_bf16, bool is_8bit, Launch launch);
+
+// table [K, 2]: address and number of elements of each gradient; chunks as above.
+// sums [num_chunks].
+const char* grad_norm_parts(const int64_t* table, const int* chunks, int64_t num_chunks,
+                            FloatType type, double* sums, Launch launch);
+
+// norm = sqrt(sum of sums [count]).
+const char* grad_norm_merge(const double* sums, int64_t count, double* norm, Launch launch);
+
 // Padded: cu_seqlens null, rows of row_length. Packed: cu_seqlens [num_rows + 1].
 // mask and moments may be null; moments [num_rows, 3] gets count, sum, and sum of squares about the
 // row's own mean, of the advantages.

@@ -1,7 +1,10 @@
 // The arithmetic of csrc/*.h as C functions on arrays, for tests/kernels/test_csrc.py.
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
+#include "adamw.h"
 #include "gae.h"
 #include "kl.h"
 #include "logprob.h"
@@ -87,6 +90,61 @@ void logprob_gradient(const float* z, int64_t length, const float* stats, int64_
     for (int64_t v = 0; v < length; ++v) {
         logprobs[v] = row_logprob(row, z[v]);
         gradient[v] = row_gradient(row, z[v], v == token, dlogprob, dentropy);
+    }
+}
+
+// One step of a float32 tensor; step_factors is step_size, epsilon, scale.
+void adamw_floats(float* weights, const float* gradients, float* first, float* second,
+                  int64_t length, const float* betas, float decay, const float* step_factors) {
+    const AdamWFactors factors{betas[0], betas[1],        betas[2],        betas[3],
+                               decay,    step_factors[0], step_factors[1], step_factors[2]};
+    for (int64_t i = 0; i < length; ++i) {
+        const AdamWElement element =
+            adamw_element(weights[i], gradients[i], first[i], second[i], factors);
+        weights[i] = element.weight, first[i] = element.first, second[i] = element.second;
+    }
+}
+
+// NaN where a value is NaN or infinite.
+static float largest_of(const std::vector<float>& values) {
+    float largest = 0.0f;
+    for (float value : values) {
+        if (!is_finite(value)) return NAN;
+        largest = std::max(largest, std::fabs(value));
+    }
+    return largest;
+}
+
+// One step of a bf16 tensor with remainders and 8-bit moments, block by block.
+void adamw_codes(uint16_t* weights, const uint16_t* gradients, int8_t* first, uint8_t* second,
+                 int64_t length, const float* betas, float decay, const float* step_factors,
+                 int16_t* remainders, float* first_scales, float* second_scales) {
+    const AdamWFactors factors{betas[0], betas[1],        betas[2],        betas[3],
+                               decay,    step_factors[0], step_factors[1], step_factors[2]};
+    for (int64_t begin = 0; begin < length; begin += SCALE_BLOCK) {
+        const int64_t end = std::min<int64_t>(begin + SCALE_BLOCK, length);
+        float& first_scale = first_scales[begin / SCALE_BLOCK];
+        float& second_scale = second_scales[begin / SCALE_BLOCK];
+        const float first_unit = quotient(first_scale, FIRST_LEVELS * FIRST_LEVELS);
+        const float second_unit = quotient(second_scale, SECOND_LEVELS * SECOND_LEVELS);
+        std::vector<float> moments, roots;
+        for (int64_t i = begin; i < end; ++i) {
+            const float root = decode_moment(second[i], second_unit);
+            const AdamWElement element = adamw_element(
+                join_master(weights[i], remainders[i]),
+                as_float(static_cast<uint32_t>(gradients[i]) << 16),
+                decode_moment(first[i], first_unit), product(root, root), factors);
+            const SplitMaster split = split_master(element.weight);
+            weights[i] = split.weight, remainders[i] = split.remainder;
+            moments.push_back(element.first);
+            roots.push_back(element.root);
+        }
+        first_scale = largest_of(moments);
+        second_scale = largest_of(roots);
+        for (int64_t i = begin; i < end; ++i) {
+            first[i] = static_cast<int8_t>(encode_first(moments[i - begin], first_scale));
+            second[i] = static_cast<uint8_t>(encode_root(roots[i - begin], second_scale));
+        }
     }
 }
 

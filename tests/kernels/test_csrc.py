@@ -12,18 +12,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fastrl_kernels.cuda import gae, kl, logprob, rewards
+from fastrl_kernels.cuda import adamw, gae, grad_norm, kl, logprob, rewards
+from fastrl_kernels.multi_tensor import CHUNK, adamw_factors
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastrl.ops.adamw import adamw_step_reference
 from fastrl.ops.gae import compute_gae_reference
 from fastrl.ops.kl import kl_estimate_reference
 from fastrl.ops.logprob import gather_logprobs_reference
 from fastrl.ops.whiten import row_moments
+from fastrl.state_formats import split_master
 
 ROOT = Path(__file__).resolve().parents[2]
-OPS = {"gae", "gather_logprobs", "gather_logprobs_gradient", "kl_estimate", "kl_gradient",
-       "shape_rewards"}
+OPS = {"adamw", "gae", "gather_logprobs", "gather_logprobs_gradient", "grad_norm_merge",
+       "grad_norm_parts", "kl_estimate", "kl_gradient", "shape_rewards"}
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +213,45 @@ def test_the_caller_of_gather_logprobs_hands_over_what_the_schema_says(
     torch.testing.assert_close(torch.autograd.grad(logprobs[2], leaf)[0][3], torch.zeros(9))
 
 
+@pytest.mark.parametrize("is_narrow", [False, True])
+def test_adamw_gives_the_bits_of_the_reference_for_1000_steps(
+    arithmetic: ctypes.CDLL, is_narrow: bool
+) -> None:
+    """float32 with float32 moments, and bf16 with remainders and 8-bit moments."""
+    size, (weight, remainder) = 700, split_master(torch.randn(700))
+    ours = [weight, torch.zeros(size, dtype=torch.int8), torch.zeros(size, dtype=torch.uint8),
+            remainder, torch.zeros(3), torch.zeros(3)]
+    if not is_narrow:
+        ours = [torch.randn(size), torch.zeros(size), torch.zeros(size)]
+    theirs, betas = [x.clone() for x in ours], torch.tensor([0.9, 1 - 0.9, 0.95, 1 - 0.95])
+    function = arithmetic.adamw_codes if is_narrow else arithmetic.adamw_floats
+    for number in range(1, 1001):
+        gradient = (torch.randn(size) * 10 ** torch.randn(size)).to(weight.dtype)
+        gradient = gradient if is_narrow else gradient.float()
+        step, scale, rate = torch.tensor(number), torch.rand(()), 1e-3 * (number % 5)
+        factors = adamw_factors(step, rate, (0.9, 0.95), 1e-8, scale)
+        pointers = [ctypes.c_void_p(x.data_ptr())
+                    for x in (ours[0], gradient, *ours[1:3], betas, factors, *ours[3:])]
+        function(*pointers[:4], ctypes.c_int64(size), pointers[4],
+                 ctypes.c_float(1 - rate * 0.1), *pointers[5:])
+        adamw_step_reference(
+            theirs[:1], [gradient], theirs[1:2], theirs[2:3], theirs[3:4], step=step,
+            learning_rate=rate, betas=(0.9, 0.95), epsilon=1e-8, weight_decay=0.1, scale=scale,
+            moment_scales=[(theirs[4], theirs[5])] if is_narrow else ())
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_chunk_of_a_table_is_that_of_the_kernels() -> None:
+    header = (ROOT / "csrc/kernels.h").read_text()
+    assert re.search(r"TENSOR_CHUNK = (\d+);", header)[1] == str(CHUNK)
+
+
 def test_the_cuda_callers_say_what_they_refuse() -> None:
+    assert adamw.supports("cpu", torch.float32) == "the tensors are on cpu"
+    assert adamw.supports("cuda", torch.bfloat16) is None
+    for dtype in (torch.float16, torch.float64):
+        assert str(dtype)[6:] in str(adamw.supports("cuda", dtype))
+    assert grad_norm.supports is gae.supports
     assert gae.supports("cpu", torch.float32) == "the tensors are on cpu"
     assert "float64" in str(gae.supports("cuda", torch.float64))
     assert gae.supports("cuda", torch.bfloat16) is None
@@ -230,6 +271,10 @@ def test_a_compiled_graph_knows_the_shapes() -> None:
         per_row = torch.ops.fastrl_cuda.token_logprobs(logits, offsets, 1.0)
         dlogits = torch.ops.fastrl_cuda.token_logprobs_backward(
             logits, offsets, *per_row[1:], per_row[0], None, 1.0)
+        norm = torch.ops.fastrl_cuda.grad_norm([rewards, values])
+        lists = [[values], [values], [values], [values], [], []]
+        assert torch.ops.fastrl_cuda.adamw_step(*lists, values, 0.9, 0.95, 1.0, [True]) is None
+    assert norm.shape == () and norm.dtype == torch.float64
     assert [(list(x.shape), x.dtype) for x in per_row] == [([3], torch.float32)] * 4
     assert dlogits.shape == logits.shape and dlogits.dtype == torch.bfloat16
     assert [(list(x.shape), x.dtype) for x in padded] == [
