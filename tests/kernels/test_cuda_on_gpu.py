@@ -1,0 +1,224 @@
+"""Every op of the CUDA extension on a GPU, against the float64 reference.
+
+A new op is an entry of OPS: how to make inputs for a shape, masked positions holding NaN, and what
+to compare. Needs the extension on the path; `benchmarks/gpu.sh` builds it.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastrl import ops
+from fastrl.errors import BackendUnavailableError
+from fastrl.ops.gae import compute_gae_reference
+from fastrl.ops.kl import kl_estimate_reference
+from fastrl.ops.logprob import gather_logprobs_reference
+from fastrl.ops.rewards import shape_rewards_reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.cuda]
+BACKEND, DEVICE = "cuda", "cuda"
+FLOORS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2**-7}
+"""Share of the largest value: sums in another order, results rounded to the inputs' type."""
+Inputs = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu() -> Iterator[None]:
+    """New tensors are on the GPU; skips where there is none, or no extension."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if importlib.util.find_spec("fastrl_kernels._C") is None:
+        pytest.skip("needs the extension fastrl_kernels._C (benchmarks/gpu.sh builds it)")
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device("cpu")
+
+
+def holes(B: int, T: int) -> Tensor:
+    """A mask [B, T] with holes, and a row that is all masked where there are several."""
+    mask = torch.rand(B, T) > 0.3
+    mask[B // 2] = B == 1
+    return mask
+
+
+def token_inputs(names: tuple[str, ...], mask_name: str) -> Callable[[int, int], Inputs]:
+    """Inputs [B, T] with a mask, NaN where it is False."""
+    def make(B: int, T: int) -> Inputs:
+        mask = holes(B, T)
+        values = -2 * torch.rand(len(names), B, T)
+        return {**dict(zip(names, values.masked_fill(~mask, torch.nan), strict=True)),
+                mask_name: mask}
+
+    return make
+
+
+def logit_inputs(M: int, V: int) -> Inputs:
+    """Logits with forbidden columns, but for the tokens asked for, and a certain row."""
+    logits, token_ids = 3 * torch.randn(M, V), torch.randint(V, (M,))
+    kept = logits.gather(1, token_ids[:, None])
+    logits[:, ::3] = -torch.inf
+    logits[-1] = 1e4 * torch.randn(V)
+    return {"logits": logits.scatter(1, token_ids[:, None], kept), "token_ids": token_ids}
+
+
+def with_scores(B: int, T: int) -> Inputs:
+    make = token_inputs(("logprobs", "ref_logprobs"), "response_mask")
+    return {"scores": torch.randn(B), **make(B, T)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuOp:
+    """What is tested of one op."""
+
+    op: Callable[..., Any]
+    reference: Callable[..., Any]
+    make: Callable[..., Inputs]
+    """make(*shape): inputs, NaN where nothing may be read."""
+    shapes: tuple[tuple[int, int], ...]
+    """Rows and row lengths: one, odd, below, at and above a block, several blocks."""
+    options: tuple[dict[str, Any], ...] = ({},)
+    differentiable: str = ""
+    """The input whose gradient is compared."""
+
+
+ROWS = ((1, 1), (3, 5), (4, 33), (2, 1024), (2, 1025), (3, 2125))
+OPS = {
+    "gae": GpuOp(
+        op=ops.compute_gae, reference=compute_gae_reference, shapes=ROWS,
+        make=token_inputs(("rewards", "values"), "response_mask"),
+        options=({}, {"gamma": 0.9, "lam": 0.8}, {"lam": 0.0}, {"lam": 1.0})),
+    "kl": GpuOp(
+        op=ops.kl_estimate, reference=kl_estimate_reference, shapes=ROWS,
+        make=token_inputs(("logprobs", "ref_logprobs"), "mask"), differentiable="logprobs"),
+    "rewards": GpuOp(
+        op=ops.shape_rewards, reference=shape_rewards_reference, shapes=ROWS, make=with_scores,
+        options=tuple({"kl_coef": 0.1, "estimator": k} for k in ("k1", "k2", "k3"))),
+    "logprob": GpuOp(
+        op=ops.gather_logprobs, reference=gather_logprobs_reference, make=logit_inputs,
+        shapes=((1, 1), (5, 11), (3, 129), (2, 4096), (2, 4097), (2, 50257), (1, 151936)),
+        options=({}, {"temperature": 0.6}), differentiable="logits"),
+}
+CASES = [pytest.param(OPS[name], shape, options, id=f"{name} {shape} {options}")
+         for name in OPS for shape in OPS[name].shapes for options in OPS[name].options]
+EACH = pytest.mark.parametrize("case", list(OPS.values()), ids=list(OPS))
+
+
+def results(case: GpuOp, function: Callable[..., Any], inputs: Inputs, options: dict[str, Any]
+            ) -> list[Tensor]:
+    """Results, and the gradient of a weighted sum of them where there is one."""
+    inputs = dict(inputs)
+    if case.differentiable:
+        inputs[case.differentiable] = inputs[case.differentiable].detach().requires_grad_()
+    returned = function(**inputs, **options)
+    outputs = [returned] if isinstance(returned, Tensor) else list(returned)
+    if not case.differentiable:
+        return outputs
+    weighted = [torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x) * x for x in outputs]
+    gradient = torch.autograd.grad(sum(x.sum() for x in weighted), inputs[case.differentiable])
+    return [*(x.detach() for x in outputs), *gradient]
+
+
+def ours(case: GpuOp, inputs: Inputs, options: dict[str, Any]) -> list[Tensor]:
+    return results(case, case.op, inputs, {**options, "backend": BACKEND})
+
+
+def assert_as_good_as_torch(case: GpuOp, inputs: Inputs, options: dict[str, Any], floor: float
+                            ) -> None:
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    truth = results(case, case.reference, wide, options)
+    plain = results(case, case.reference, inputs, options)
+    for number, (exact, torchs, result) in enumerate(
+            zip(truth, plain, ours(case, inputs, options), strict=True)):
+        assert result.dtype == torchs.dtype and result.shape == exact.shape, number
+        finite = exact.isfinite() & torchs.isfinite()
+        assert torch.equal(result.isnan(), torchs.isnan()), f"result {number}: NaN"
+        assert torch.equal(result.isfinite(), torchs.isfinite()), f"result {number}: infinite"
+        error, torch_error = ((x.double() - exact)[finite].abs().max() for x in (result, torchs))
+        assert error <= 2 * torch_error + floor * (exact[finite].abs().max() + 1), number
+
+
+@pytest.mark.parametrize("case, shape, options", CASES)
+def test_as_good_as_torch(case: GpuOp, shape: tuple[int, int], options: dict[str, Any]) -> None:
+    assert_as_good_as_torch(case, case.make(*shape), options, FLOORS[torch.float32])
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_inputs(case: GpuOp, dtype: torch.dtype) -> None:
+    inputs = {name: x.to(dtype) if x.is_floating_point() else x
+              for name, x in case.make(*case.shapes[2]).items()}
+    assert_as_good_as_torch(case, inputs, case.options[0], FLOORS[dtype])
+
+
+@EACH
+def test_not_contiguous_is_the_same_bit_for_bit(case: GpuOp) -> None:
+    inputs = case.make(*case.shapes[2])
+    spread = {name: torch.stack([x, torch.ones_like(x)], dim=-1)[..., 0]
+              for name, x in inputs.items()}
+    pairs = zip(ours(case, inputs, case.options[0]), ours(case, spread, case.options[0]),
+                strict=True)
+    assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in pairs)
+
+
+@EACH
+def test_a_row_does_not_depend_on_the_others(case: GpuOp) -> None:
+    """Forward results; the weights of the gradient differ between a batch and a row."""
+    inputs = case.make(*case.shapes[-2])
+    forward = {**case.options[0], "backend": BACKEND}
+    together = case.op(**inputs, **forward)
+    for row in range(case.shapes[-2][0]):
+        alone = case.op(**{name: x[row : row + 1] for name, x in inputs.items()}, **forward)
+        for one, all_rows in zip(alone, together, strict=True):
+            assert torch.equal(one[0].nan_to_num(7.0), all_rows[row].nan_to_num(7.0))
+
+
+@EACH
+def test_twice_the_same_bits(case: GpuOp) -> None:
+    inputs = case.make(*case.shapes[-1])
+    pairs = zip(*(ours(case, inputs, case.options[0]) for _ in range(2)), strict=True)
+    assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in pairs)
+
+
+@EACH
+def test_a_compiled_graph_holds_it(case: GpuOp) -> None:
+    torch.compiler.reset()
+    inputs = case.make(*case.shapes[2])
+    compiled = torch.compile(case.op, fullgraph=True, backend="aot_eager")
+    options = {**case.options[0], "backend": BACKEND}
+    pairs = zip(results(case, compiled, inputs, options), results(case, case.op, inputs, options),
+                strict=True)
+    assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in pairs)
+
+
+@EACH
+def test_it_can_be_captured_in_a_graph(case: GpuOp) -> None:
+    """No host synchronisation, everything on the present stream."""
+    inputs = case.make(*case.shapes[2])
+    options = {**case.options[0], "backend": BACKEND}
+    expected = case.op(**inputs, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = case.op(**inputs, **options)
+    graph.replay()
+    assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+               for a, b in zip(captured, expected, strict=True))
+
+
+def test_packed_gae() -> None:
+    lengths = torch.tensor([3, 0, 1029, 1])
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    rewards, values = torch.randn(2, int(lengths.sum()))
+    mask = torch.rand(len(values)) > 0.3
+    packed = {"rewards": rewards, "values": values, "response_mask": mask,
+              "cu_seqlens": cu_seqlens}
+    assert_as_good_as_torch(OPS["gae"], packed, {"lam": 0.9}, FLOORS[torch.float32])
+
+
+def test_a_float64_tensor_is_refused() -> None:
+    with pytest.raises(BackendUnavailableError, match="float64"):
+        ops.compute_gae(*torch.randn(2, 2, 3, dtype=torch.float64), backend=BACKEND)
