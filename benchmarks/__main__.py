@@ -11,6 +11,7 @@ import torch
 from benchmarks.cases import load_cases
 from benchmarks.kernels import DeviceInError, Settings, run_kernels
 from benchmarks.results import file_name, table
+from benchmarks.timing import MIN_ROUNDS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     kernels.add_argument("--topic", default="kernels", help="first word of the file's name")
     kernels.add_argument("--small", action="store_true", help="sizes for trying the flow")
     kernels.add_argument("--check_only", action="store_true", help="compare, time nothing")
+    kernels.add_argument("--rounds", type=int, default=MIN_ROUNDS, help="samples, at least")
     kernels.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS",
                          help="begin no case after so long")
     kernels.add_argument("--resume", action="store_true",
@@ -39,6 +41,7 @@ def kernels(options: argparse.Namespace) -> int:
     begin = time.monotonic()
     settings = Settings(device=options.device, small=options.small,
                         wanted=tuple(options.providers), check_only=options.check_only,
+                        min_rounds=options.rounds,
                         deadline=begin + options.budget)
     path = options.out / file_name(options.topic, options.device)
     try:

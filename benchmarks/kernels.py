@@ -16,6 +16,7 @@ from benchmarks.cases import Case, Inputs, Provider, call, check, make_inputs, p
 from benchmarks.ceilings import Ceilings, assumed_ceilings, measured_ceilings
 from benchmarks.results import Row
 from benchmarks.timing import (
+    MIN_ROUNDS,
     Call,
     Sampler,
     interleaved,
@@ -47,6 +48,8 @@ class Settings:
     """Providers; none: all, but on a CPU not torch.compile, which takes minutes there."""
     check_only: bool = False
     """Compare results, time nothing."""
+    min_rounds: int = MIN_ROUNDS
+    """Samples of each provider, at least."""
     deadline: float = float("inf")
     """time.monotonic() after which no further case is begun."""
 
@@ -140,7 +143,8 @@ def measure_case(settings: Settings, case: Case, who: list[Provider], rows: Rows
             raise_if_broken(device, rows[p.name])
         else:
             samplers[p.name], peaks[p.name] = prepared
-    for name, timing in interleaved(samplers, 0.01 if settings.small else 0.3).items():
+    seconds_each = 0.01 if settings.small else 0.3
+    for name, timing in interleaved(samplers, seconds_each, settings.min_rounds).items():
         rows[name] = rows[name].timed(timing, peaks[name], ceilings, assumed)
     del inputs, samplers
     gc.collect()

@@ -48,16 +48,17 @@ class Timing:
         return ordered[round(share * (len(ordered) - 1))]
 
 
-def interleaved(samplers: Mapping[str, Sampler], seconds_each: float = 0.3) -> dict[str, Timing]:
+def interleaved(samplers: Mapping[str, Sampler], seconds_each: float = 0.3,
+                min_rounds: int = MIN_ROUNDS) -> dict[str, Timing]:
     """Sample several providers in turns, so that a change of the machine meets all of them.
 
     Args:
         samplers: By provider; everything is compiled already.
-        seconds_each: Time to spend on each, within the limits of the number of rounds.
+        seconds_each: Time to spend on each, from `min_rounds` to MAX_ROUNDS rounds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in samplers}
     names, rounds, spent = list(samplers), 0, 0.0
-    while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and spent < seconds_each * len(names)):
+    while rounds < min_rounds or (rounds < MAX_ROUNDS and spent < seconds_each * len(names)):
         begin = time.perf_counter()
         first = rounds % len(names)
         for name in names[first:] + names[:first]:
