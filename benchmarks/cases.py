@@ -107,7 +107,7 @@ def load_cases(names: Iterable[str] = ()) -> list[Case]:
     """
     files = sorted(p.stem for p in (ROOT / "fastrl/ops").glob("*.py") if p.stem != "__init__")
     modules = (importlib.import_module(f"benchmarks.bench_{file}") for file in files)
-    cases = [case for module in modules for case in getattr(module, "CASES", ())]
+    cases = [case for module in modules for case in module.CASES]
     wanted = set(names)
     known = {name for case in cases for name in (case.op_name, case.file)}
     if wanted - known:

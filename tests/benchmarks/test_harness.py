@@ -153,6 +153,23 @@ def test_all_providers_get_the_same_random_inputs() -> None:
                 assert first[name].std() > 0 or name in ("temperature", "top_p", "min_p"), name
 
 
+def test_every_op_file_has_cases_that_need_torch_and_fastrl_alone() -> None:
+    """A bare machine has neither pytest-benchmark nor the other packages of the tests."""
+    code = """
+import sys
+for name in ("pytest", "pytest_benchmark", "transformers", "liger_kernel", "rich", "yaml"):
+    sys.modules[name] = None
+import benchmarks.__main__, benchmarks.machine
+from benchmarks.cases import load_cases
+print(*sorted({case.file for case in load_cases()}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT / "kernels")})
+    assert done.returncode == 0, done.stderr
+    files = {p.stem for p in (ROOT / "fastrl/ops").glob("*.py")} - {"__init__"}
+    assert set(done.stdout.split()) == files
+
+
 def test_every_case_has_a_floor() -> None:
     for declared in load_cases():
         for device in ("cpu", "cuda"):

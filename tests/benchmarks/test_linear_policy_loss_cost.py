@@ -1,0 +1,45 @@
+"""linear_policy_loss beside log_softmax, gather and autograd on a CPU: memory and time.
+
+benchmarks/results/linear_policy_loss_cpu_*.json has the figures at 4096 x 288 x 32000; here a
+smaller size guards them.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks.cases import call, load_cases, make_inputs, providers
+from benchmarks.timing import Call, interleaved, peak_bytes, sampler
+
+SIZES = {"M": 1536, "D": 64, "V": 32000}
+
+
+@pytest.fixture
+def calls() -> dict[str, Call]:
+    """One forward and backward pass each, on the same inputs."""
+    torch.set_num_threads(1)
+    (case,) = load_cases(["linear_policy_loss"])
+    inputs = make_inputs(case, SIZES, "cpu", seed=0)
+    return {p.name: partial(call, case, p.op, inputs) for p in providers(case, ["torch", "plain"])}
+
+
+def test_a_fifth_of_the_memory(calls: dict[str, Call]) -> None:
+    for one in calls.values():
+        one()  # what a first call leaves behind, threads and tables, is nobody's
+    ours, plain = (peak_bytes(calls[name], "cpu") for name in ("torch", "plain"))
+    logits = 4 * SIZES["M"] * SIZES["V"]
+    assert plain > 1.9 * logits, "the plain way has to keep log-probs and their gradient"
+    assert ours < plain / 5, f"{ours / 2**20:.0f} MiB, the plain way {plain / 2**20:.0f} MiB"
+
+
+def test_not_slower(calls: dict[str, Call]) -> None:
+    """Loosely, in processor time: a busy machine slows both, not always alike."""
+    ratios = []
+    for _ in range(4):
+        times = interleaved({name: sampler([one], "cpu") for name, one in calls.items()}, 0.0,
+                            min_rounds=3)
+        ratios.append(times["torch"].quantile(0.5) / times["plain"].quantile(0.5))
+        if ratios[-1] < 1.3:
+            return
+    pytest.fail(f"linear_policy_loss takes {ratios} times as long as the plain way")
