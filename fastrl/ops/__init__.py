@@ -7,6 +7,7 @@ from fastrl.ops.grad_norm import grad_norm
 from fastrl.ops.kl import kl_estimate
 from fastrl.ops.kv_cache import write_kv
 from fastrl.ops.linear_cross_entropy import linear_cross_entropy
+from fastrl.ops.linear_kl import linear_kl
 from fastrl.ops.linear_logprob import linear_logprobs
 from fastrl.ops.linear_policy_loss import linear_policy_loss
 from fastrl.ops.logprob import gather_logprobs
@@ -36,6 +37,7 @@ __all__ = [
     "kl_estimate",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_kl",
     "linear_logprobs",
     "linear_policy_loss",
     "masked_mean",

@@ -52,27 +52,34 @@ def check_linear(
     op: str, hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None,
     temperature: float, chunk_tokens: int | None, mask: Tensor | None = None,
 ) -> None:
-    """The checks of every op on hidden states and a head; `mask` [M] says which rows count."""
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ShapeError(f"{op}: expected hidden [M, D] and weight [V, D], got "
-                         f"{list(hidden.shape)} and {list(weight.shape)}")
+    """The checks of every op on hidden states, a head and tokens; `mask` [M]: rows that count."""
+    check_head(op, hidden, weight, bias, mask)
     if token_ids.shape != hidden.shape[:1]:
         raise ShapeError(f"{op}: expected token_ids [M] with M = {hidden.shape[0]}, got "
                          f"{list(token_ids.shape)}; one target per hidden state")
-    tensors = {"hidden": hidden, "weight": weight, "token_ids": token_ids}
-    if bias is not None:
-        tensors["bias"] = bias
-        check_float(op, bias=bias)
-        if bias.shape != weight.shape[:1]:
-            raise ShapeError(f"{op}: expected bias [V] with V = {weight.shape[0]}, got "
-                             f"{list(bias.shape)}")
-    check_float(op, hidden=hidden, weight=weight)
     check_index(op, token_ids=token_ids)
-    check_device(op, tensors)
+    check_device(op, {"hidden": hidden, "token_ids": token_ids})
     check_positive(op, temperature=temperature, chunk_tokens=chunk_tokens)
-    check_values(op, mask, hidden=hidden)
-    check_values(op, weight=weight, **({} if bias is None else {"bias": bias}))
     check_range(op, weight.shape[0], token_ids=token_ids)
+
+
+def check_head(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None = None,
+    prefix: str = "",
+) -> None:
+    """The checks of hidden states and a head, whose names begin with `prefix`."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ShapeError(f"{op}: expected {prefix}hidden [M, D] and {prefix}weight [V, D], got "
+                         f"{list(hidden.shape)} and {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ShapeError(f"{op}: expected {prefix}bias [V] with V = {weight.shape[0]}, got "
+                         f"{list(bias.shape)}")
+    head = {f"{prefix}weight": weight} | ({} if bias is None else {f"{prefix}bias": bias})
+    tensors = {f"{prefix}hidden": hidden} | head
+    check_float(op, **tensors)
+    check_device(op, tensors)
+    check_values(op, mask, **{f"{prefix}hidden": hidden})
+    check_values(op, **head)
 
 
 def chunk_slices(num_tokens: int, vocab_size: int, itemsize: int,

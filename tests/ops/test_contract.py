@@ -41,6 +41,9 @@ CALLS: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "compute_gae": lambda: ((floats(B, T), floats(B, T), mask(B, T)), {}),
     "gather_logprobs": lambda: ((floats(M, V), tokens()), {}),
     "linear_logprobs": lambda: ((floats(M, D), floats(V, D), tokens()), {"bias": floats(V)}),
+    "linear_kl": lambda: (
+        (floats(M, D), floats(V, D), floats(M, D + 1), floats(V, D + 1)),
+        {"bias": floats(V), "ref_bias": floats(V)}),
     "linear_cross_entropy": lambda: (
         (floats(M, D), floats(V, D), tokens(), mask(M)),
         {"denominator": 5.0, "bias": floats(V), "token_weights": floats(M)}),
@@ -137,7 +140,7 @@ def test_non_contiguous_inputs_give_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", ["whiten", "kl_estimate", "shape_rewards", "compute_gae",
                                   "gather_logprobs", "policy_loss", "value_loss", "ppo_loss",
                                   "linear_logprobs", "linear_cross_entropy", "linear_policy_loss",
-                                  *sorted(KEEP_THE_TYPE)])
+                                  "linear_kl", *sorted(KEEP_THE_TYPE)])
 def test_compiles_to_one_graph(name: str) -> None:
     """Plain-torch ops that a compiled training step holds; the graph only, no code generation."""
     torch.compiler.reset()  # all ops share the frame of `call`, which may recompile 8 times
