@@ -323,6 +323,14 @@ def test_the_extension_may_be_in_another_folder_on_the_path(tmp_path: Path) -> N
     assert out.stdout.strip() == str(tmp_path / "fastrl_kernels/_C.py")
 
 
+def test_every_cuda_op_has_a_test_for_a_gpu() -> None:
+    text = (ROOT / "tests/kernels/test_cuda_on_gpu.py").read_text()
+    for path in (ROOT / "kernels/fastrl_kernels/cuda").glob("*.py"):
+        assert path.stem == "__init__" or re.search(
+            rf'^    "{path.stem}": GpuOp|^def test_{path.stem}\b|^def test_{path.stem}_', text, re.M
+        ), f"{path.name} has no test in test_cuda_on_gpu.py"
+
+
 def test_every_kernel_compiles_without_spills(build: SimpleNamespace) -> None:
     for architecture in ("sm_80", "sm_90a"):
         for path in (ROOT / "csrc").glob("*.cu"):

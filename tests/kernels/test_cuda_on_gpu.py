@@ -1,7 +1,8 @@
 """Every op of the CUDA extension on a GPU, against the float64 reference.
 
 A new op is an entry of OPS: how to make inputs for a shape, masked positions holding NaN, and what
-to compare. Needs the extension on the path; `benchmarks/gpu.sh` builds it.
+to compare; an op on lists of tensors has tests of its own. Needs the extension on the path;
+`benchmarks/gpu.sh` builds it.
 """
 
 import importlib.util
@@ -15,10 +16,13 @@ from torch import Tensor
 
 from fastrl import ops
 from fastrl.errors import BackendUnavailableError
+from fastrl.ops.adamw import adamw_step_reference
 from fastrl.ops.gae import compute_gae_reference
+from fastrl.ops.grad_norm import grad_norm_reference
 from fastrl.ops.kl import kl_estimate_reference
 from fastrl.ops.logprob import gather_logprobs_reference
 from fastrl.ops.rewards import shape_rewards_reference
+from fastrl.state_formats import split_master
 
 pytestmark = [pytest.mark.gpu, pytest.mark.cuda]
 BACKEND, DEVICE = "cuda", "cuda"
@@ -217,6 +221,50 @@ def test_packed_gae() -> None:
     packed = {"rewards": rewards, "values": values, "response_mask": mask,
               "cu_seqlens": cu_seqlens}
     assert_as_good_as_torch(OPS["gae"], packed, {"lam": 0.9}, FLOORS[torch.float32])
+
+
+# A scalar, nothing, odd, and several programs that do not fill.
+LIST_SHAPES = [(), (0,), (7, 5), (256,), (3, 1000), (2, 8200)]
+
+
+@pytest.mark.parametrize("dtype", FLOORS)
+def test_grad_norm(dtype: torch.dtype) -> None:
+    gradients = [torch.randn(shape).to(dtype) for shape in LIST_SHAPES]
+    truth = float(grad_norm_reference([g.double() for g in gradients]))
+    plain = float(grad_norm_reference(gradients))
+    norm = ops.grad_norm(gradients, backend=BACKEND)
+    assert norm.shape == () and abs(float(norm) - truth) <= 2 * abs(plain - truth) + 1e-7 * truth
+    assert torch.equal(norm, ops.grad_norm(gradients, backend=BACKEND))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_8bit", [False, True])
+def test_adamw_has_the_bits_of_the_reference_on_a_cpu(dtype: torch.dtype, is_8bit: bool) -> None:
+    weights = [torch.randn(shape) for shape in LIST_SHAPES]
+    state = {"first": [torch.randn_like(w) for w in weights],
+             "second": [torch.rand_like(w) for w in weights], "remainders": []}
+    scales = []
+    if is_8bit:
+        state["first"] = [torch.randint(-127, 128, w.shape).to(torch.int8) for w in weights]
+        state["second"] = [torch.randint(256, w.shape).to(torch.uint8) for w in weights]
+        scales = [tuple(torch.rand(2, -(-w.numel() // 256))) for w in weights]
+    if dtype == torch.bfloat16:
+        pairs = [split_master(w) for w in weights]
+        weights, state["remainders"] = [p[0] for p in pairs], [p[1] for p in pairs]
+    state["parameters"] = weights
+    on_cpu = {name: [x.cpu().clone() for x in tensors] for name, tensors in state.items()}
+    scales_on_cpu = [(a.cpu().clone(), b.cpu().clone()) for a, b in scales]
+    for number in (1, 2, 1000):
+        gradients = [torch.randn(shape).to(dtype) for shape in LIST_SHAPES]
+        settings = {"learning_rate": 1e-2, "betas": (0.9, 0.95), "epsilon": 1e-8,
+                    "weight_decay": 0.1}
+        ops.adamw_step(gradients=gradients, **state, moment_scales=scales, **settings,
+                       step=torch.tensor(number), backend=BACKEND)
+        adamw_step_reference(gradients=[g.cpu() for g in gradients], **on_cpu, **settings,
+                             moment_scales=scales_on_cpu, step=torch.tensor(number, device="cpu"))
+    for name, tensors in state.items():
+        for ours, reference in zip(tensors, on_cpu[name], strict=True):
+            assert torch.equal(ours.cpu(), reference), name
 
 
 def test_a_float64_tensor_is_refused() -> None:
