@@ -201,9 +201,9 @@ def _sample_tokens_torch(
             cut = (_floor(scaled, top_k[rows], top_p[rows], min_p[rows]), _spread(scaled))
             scaled = scaled.masked_fill(scaled < cut[0], -torch.inf)
         parts.append((*_summary(scaled), *(cut if is_cut else ())))
-    high, top, inner, sums, *cut_B = map(torch.cat, zip(*parts, strict=True))
-    # The log of few numbers, in float64: its last bit must not depend on how many they are.
-    top = top.double().log()
+    high, inner, sums, *cut_B = map(torch.cat, zip(*parts, strict=True))
+    total = sums.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    log_total = total.log()
 
     tile, rest = _first_above(sums, uniforms(seeds, positions))
     columns = tile[:, None] * TILE + torch.arange(TILE, device=logits.device)
@@ -217,7 +217,7 @@ def _sample_tokens_torch(
         token_ids = torch.where(greedy, logits.argmax(dim=-1), token_ids)
 
     chosen = _scaled(logits.gather(1, token_ids[:, None]), divisor)
-    logprobs, entropy = chosen - high + top, -top - inner
+    logprobs, entropy = chosen - high - log_total, log_total - inner / total
     if is_cut:
         raw = chosen - high - cut_B[1]
         logprobs = torch.where((raw_logprobs & cut_rows)[:, None], raw, logprobs)
@@ -235,22 +235,23 @@ def _spread(logits: Tensor) -> Tensor:
     return (logits - logits.amax(dim=-1, keepdim=True)).logsumexp(dim=-1, keepdim=True)
 
 
-def _summary(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is needed of rows [B, V].
+def _summary(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What is needed of rows [B, V]. A token weighs w_v = exp(z_v - the largest z).
 
     Returns:
-        high, top, inner: [B, 1] each, the largest logit, its probability, and
-            sum_v p_v (z_v - high); sums: [B, tiles], probabilities of TILE tokens each.
+        high, inner: [B, 1] each, the largest logit, and sum_v w_v log w_v;
+        sums: [B, tiles], weights of TILE tokens each.
     """
     batch_size, vocab_size = logits.shape
     whole = vocab_size // TILE * TILE
-    probs = logits.softmax(dim=-1)
-    sums = [probs[:, :whole].view(batch_size, -1, TILE).sum(dim=-1),
-            probs[:, whole:].sum(dim=-1, keepdim=True)]
-    high, top = logits.amax(dim=-1, keepdim=True), probs.amax(dim=-1, keepdim=True)
-    # Where p is 0, z may be -inf, and 0 * -inf is not a number.
-    inner = (logits - high).clamp_min_(torch.finfo(logits.dtype).min).mul_(probs)
-    return high, top, inner.sum(dim=-1, keepdim=True), torch.cat(sums, dim=1)
+    high = logits.amax(dim=-1, keepdim=True)
+    shifted = logits - high
+    weights = shifted.exp()
+    sums = [weights[:, :whole].view(batch_size, -1, TILE).sum(dim=-1),
+            weights[:, whole:].sum(dim=-1, keepdim=True)]
+    # Where a weight is 0 its log may be -inf, and 0 * -inf is not a number.
+    inner = shifted.clamp_min_(torch.finfo(logits.dtype).min).mul_(weights)
+    return high, inner.sum(dim=-1, keepdim=True), torch.cat(sums, dim=1)
 
 
 def _first_above(weights: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
