@@ -35,12 +35,13 @@ def flops(B: int, S: int, Hq: int, Hk: int, C: int, dtype: torch.dtype, mixed: b
 
 
 CASES = [
-    Case(op=packed_attention, name="mixed" if mixed else "equal",
+    Case(op=packed_attention, name=name,
          reference=packed_attention_reference, inputs=partial(inputs, mixed=mixed),
          run=forward_and_backward, gradients=("query", "key", "value"),
-         cpu={"B": 64, "S": 64, "Hq": 8, "Hk": 4, "C": 8},
-         gpu={"B": 8, "S": 1024, "Hq": 32, "Hk": 8, "C": 128},
+         cpu={"B": 65536 // S, "S": S // 16, "Hq": 8, "Hk": 4, "C": 8},
+         gpu={"B": 8192 // S, "S": S, "Hq": 32, "Hk": 8, "C": 128},
          small={"B": 3, "S": 17, "Hq": 4, "Hk": 2, "C": 16}, gpu_dtype=torch.bfloat16,
          flops=partial(flops, mixed=mixed))
-    for mixed in (False, True)
+    # Of 1024 tokens, and of 4096, where "torch" takes another kernel on Hopper.
+    for name, S, mixed in (("equal", 1024, False), ("mixed", 1024, True), ("long", 4096, False))
 ]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrl.backends import BACKENDS
+from fastrl.backends import BACKENDS, LIBRARIES
 
 ROOT = Path(__file__).resolve().parents[1]
 Op = Callable[..., Any]
@@ -134,7 +134,7 @@ def providers(case: Case, wanted: Iterable[str] = (), without: Iterable[str] = (
               ) -> list[Provider]:
     """Who can run a case, torch first; all of them, or the `wanted`, but none of `without`."""
     preference = importlib.import_module(case.op.__module__).PREFERENCE
-    kernels = (name for name in ("triton", "cuda") if name in preference)
+    kernels = (name for name in ("triton", "cuda", *LIBRARIES) if name in preference)
     names = ["torch", "compile", *kernels, *case.others]
     chosen = (set(wanted) or set(names)) - set(without)
     return [_provider(case, name) for name in names if name in chosen]

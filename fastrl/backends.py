@@ -1,10 +1,11 @@
-"""Which implementation of an op runs: `auto`, `triton`, `cuda` or `torch`, and why.
+"""Which implementation of an op runs: `auto`, `triton`, `cuda`, `torch` or `flash`, and why.
 
 Order of decision: argument `backend=`, then `with use_backend(...)`, then the environment variable
 FASTRL_BACKEND, then "auto". A name given explicitly never falls back: it runs or raises. "auto"
 walks the op's PREFERENCE and logs once per op, device and dtype what it took and why others were
 refused. Kernels live in `fastrl_kernels/<backend>/<file of the op>.py`, each with
-`supports(device_type, dtype) -> str | None`, the reason for refusing.
+`supports(device_type, dtype) -> str | None`, the reason for refusing. `flash` is not ours: its file
+calls the package flash_attn.
 """
 
 import importlib
@@ -23,7 +24,9 @@ import torch
 from fastrl.errors import BackendUnavailableError, ConfigError
 
 BACKENDS = ("cuda", "triton", "torch")
-NAMES = ("auto", *BACKENDS)
+LIBRARIES = {"flash": "flash_attn"}
+"""Backends that another project's package provides for a few ops, and its import name."""
+NAMES = ("auto", *BACKENDS, *LIBRARIES)
 
 logger = logging.getLogger("fastrl")
 _current: ContextVar[str | None] = ContextVar("fastrl_backend", default=None)
@@ -53,7 +56,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every op inside the block on the backend `name`, where an op call names none itself.
 
     Args:
-        name: auto, cuda, triton or torch.
+        name: auto, cuda, triton, torch or flash.
     Raises:
         ConfigError: when there is no such backend.
     Example:
@@ -70,7 +73,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def choose(
     op: str, kernel: str, preference: tuple[str, ...], device_type: str, dtype: torch.dtype,
-    backend: str | None = None,
+    backend: str | None = None, limits: tuple[tuple[str, str], ...] = (),
 ) -> str:
     """The name of the backend that runs `op` now.
 
@@ -83,19 +86,30 @@ def choose(
         device_type: Where the tensors live: "cpu", "cuda".
         dtype: Their floating point type.
         backend: What the caller asked for; None follows use_backend, then FASTRL_BACKEND.
+        limits: (backend, reason) of those that these sizes rule out.
     Raises:
         BackendUnavailableError: when a backend is named that cannot run.
         ConfigError: when there is no backend of that name.
     """
     requested = _requested(backend)
+    too_big = dict(limits)
+
+    def refusal_of(name: str, interpreted: bool) -> _Refusal | None:
+        refusal = _refusal(kernel, preference, name, device_type, dtype, interpreted)
+        if refusal is None and name in too_big:
+            return _Refusal(too_big[name], "")
+        return refusal
+
     if requested != "auto":
-        refusal = _refusal(kernel, preference, requested, device_type, dtype, _interpreted())
+        refusal = refusal_of(requested, _interpreted())
         if refusal is not None:
-            raise _unavailable(op, kernel, preference, requested, device_type, dtype, refusal)
+            works = [name for name in (*BACKENDS, *LIBRARIES)
+                     if refusal_of(name, _interpreted()) is None]
+            raise _unavailable(op, requested, refusal, works)
         return requested
     refusals: dict[str, str] = {}
     for name in preference:
-        refusal = _refusal(kernel, preference, name, device_type, dtype, False)
+        refusal = refusal_of(name, False)
         if refusal is None:
             _log_once(op, name, device_type, dtype, refusals)
             return name
@@ -120,6 +134,8 @@ def backend_table(
     operations: ModuleType, device_type: str, dtype: torch.dtype = torch.float32
 ) -> list[BackendStatus]:
     """Every op with every backend: what "auto" would take, what could run, why others cannot.
+
+    A library's backend has a line only at the ops that call it.
 
     Args:
         operations: `fastrl.ops`; its `__all__` is searched for functions with a PREFERENCE.
@@ -177,6 +193,10 @@ def _refusal(
         return None
     if backend not in preference:
         return _Refusal(f"this version has no {backend} kernel for it", "")
+    library = LIBRARIES.get(backend)
+    if library is not None and importlib.util.find_spec(library) is None:
+        return _Refusal(f"package {library} is not installed",
+                        f"Install fastrl with the {library.replace('_', '-')} extra")
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return _Refusal("package triton is not installed", "Install triton (Linux only)")
     if backend == "cuda" and importlib.util.find_spec("fastrl_kernels._C") is None:
@@ -192,14 +212,9 @@ def _refusal(
 
 
 def _unavailable(
-    op: str, kernel: str, preference: tuple[str, ...], backend: str, device_type: str,
-    dtype: torch.dtype, refusal: _Refusal,
+    op: str, backend: str, refusal: _Refusal, works: list[str]
 ) -> BackendUnavailableError:
     """The error for a named backend: reason, remedy, and what would work."""
-    works = [
-        name for name in BACKENDS
-        if _refusal(kernel, preference, name, device_type, dtype, _interpreted()) is None
-    ]
     remedy = f"{refusal.remedy}, or use" if refusal.remedy else "Use"
     return BackendUnavailableError(
         f"{op}: backend {backend!r} cannot run here: {refusal.reason}. {remedy} a backend that "

@@ -106,6 +106,23 @@ def test_cpu_tensors_get_triton_only_by_name_and_interpreted(
     assert pick_made_up() == "torch"
 
 
+def test_sizes_can_rule_a_backend_out(kernel: ModuleType) -> None:
+    limits = (("triton", "it takes at most 8 channels, these have 9"),)
+    assert pick_made_up(device_type="cuda", limits=limits) == "torch"
+    assert pick_made_up("torch", device_type="cuda", limits=limits) == "torch"
+    with pytest.raises(BackendUnavailableError, match="triton' cannot run here: it takes at most 8 "
+                                                      "channels, these have 9. .* work: torch"):
+        pick_made_up("triton", device_type="cuda", limits=limits)
+
+
+def test_a_library_is_named_when_it_is_not_installed() -> None:
+    with pytest.raises(BackendUnavailableError, match="package flash_attn is not installed. "
+                                                      "Install fastrl with the flash-attn extra"):
+        pick("flash", ("flash", "torch"), kernel="packed_attention", device_type="cuda")
+    with pytest.raises(BackendUnavailableError, match="this version has no flash kernel for it"):
+        pick("flash")
+
+
 def test_auto_logs_once_and_warns_where_a_gpu_gets_the_slow_path(
     kernel: ModuleType, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +144,7 @@ def test_the_doctor_sees_every_op_with_every_backend() -> None:
     table = backend_table(ops, "cpu")
     names = {row.op for row in table}
     assert names == {name for name in ops.__all__ if not name.endswith("Stats")}
-    assert len(table) == 3 * len(names)
+    assert len(table) == 3 * len(names) + 1  # and flash, which packed_attention alone has
     rows = {(row.op, row.backend): row for row in table}
     assert rows["compute_gae", "torch"].status == "chosen"
     assert rows["compute_gae", "torch"].reason == ""
@@ -135,6 +152,8 @@ def test_the_doctor_sees_every_op_with_every_backend() -> None:
         assert rows["compute_gae", backend].status == "unavailable"
         assert rows["compute_gae", backend].reason != ""
         assert "no " + backend in rows["masked_sum", backend].reason
+    assert rows["packed_attention", "flash"].status == "unavailable"
+    assert "package flash_attn is not installed" in rows["packed_attention", "flash"].reason
 
 
 def test_a_compiled_graph_holds_the_choice() -> None:

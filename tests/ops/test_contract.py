@@ -63,8 +63,12 @@ CALLS: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
         (floats(N, D), floats(N, D), floats(D), floats(D)), {"epsilon": 0.1}),
     "swiglu": lambda: ((floats(N, 2 * D),), {}),
     "gelu": lambda: ((floats(N, D),), {"approximate": "tanh"}),
+    "packed_attention": lambda: (
+        (floats(6, 4, D), floats(6, 2, D), floats(6, 2, D), torch.tensor([0, 3, 6])),
+        {"max_seqlen": 3, "scale": 0.5}),
 }
-KEEP_THE_TYPE = {"rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "swiglu", "gelu"}
+KEEP_THE_TYPE = {"rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "swiglu", "gelu",
+                 "packed_attention"}
 """Layers of a model, whose results have the type of the activations."""
 
 

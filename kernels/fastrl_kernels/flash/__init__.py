@@ -1,0 +1,1 @@
+"""Thin callers of the package flash_attn, one file per op."""
