@@ -20,6 +20,11 @@ ALLOWED_SPILLS: dict[tuple[str, int], int] = {
     # layer_norm from D = 4097 on, float32 and a float16 case: ptxas keeps two words on the stack,
     # below the limit of registers, for more resident warps. Only `make aot` compiles these widths.
     ("_norm_fwd_kernel", 80): 8, ("_norm_fwd_kernel", 90): 8, ("_norm_bwd_kernel", 80): 16,
+    # packed_attention: the gradient kernels hold two operands and their products in 255 registers.
+    # dquery spills in float32 at 256 channels alone, fwd at 64 and 80 channels or in float32.
+    ("_packed_attention_fwd_kernel", 80): 56, ("_packed_attention_fwd_kernel", 100): 8,
+    **{("_packed_attention_dquery_kernel", arch): 240 for arch in ARCHITECTURES},
+    ("_packed_attention_dkey_kernel", 80): 8, ("_packed_attention_dkey_kernel", 100): 24,
 }
 """(kernel, architecture) -> bytes of stack a thread may use, each with the reason beside it."""
 READS_ADDRESSES = {"_adamw_kernel", "_squares_kernel"}
