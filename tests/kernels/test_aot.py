@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "kernels/fastrl_kernels/triton"
 KERNELS = sorted(p.stem for p in FOLDER.glob("*.py") if "def aot_cases" in p.read_text())
 ARCHITECTURES = (80, 90, 100)
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 ALLOWED_SPILLS: dict[tuple[str, int], int] = {
     # layer_norm from D = 4097 on, float32 and a float16 case: ptxas keeps two words on the stack,
     # below the limit of registers, for more resident warps. Only `make aot` compiles these widths.
@@ -44,8 +45,7 @@ def compile_all(name: str, every: bool) -> list[dict[str, object]]:
     for kernel, types, constants in importlib.import_module(
         f"fastrl_kernels.triton.{name}"
     ).aot_cases(every):
-        options = {k: v for k, v in constants.items()
-                   if k in ("num_warps", "num_stages", "enable_fp_fusion")}
+        options = {k: v for k, v in constants.items() if k in LAUNCH_OPTIONS}
         fixed = {k: v for k, v in constants.items() if k not in options}
         signature = {a: "constexpr" if a in fixed else types[a].removesuffix(":16")
                      for a in kernel.arg_names}
