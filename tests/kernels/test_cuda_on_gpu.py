@@ -17,7 +17,7 @@ from torch import Tensor
 from fastrl import ops
 from fastrl.errors import BackendUnavailableError
 from fastrl.ops.adamw import adamw_step_reference
-from fastrl.ops.gae import compute_gae_reference
+from fastrl.ops.gae import compute_gae_reference, moments_reference
 from fastrl.ops.grad_norm import grad_norm_reference
 from fastrl.ops.kl import kl_estimate_reference
 from fastrl.ops.logprob import gather_logprobs_reference
@@ -221,6 +221,22 @@ def test_packed_gae() -> None:
     packed = {"rewards": rewards, "values": values, "response_mask": mask,
               "cu_seqlens": cu_seqlens}
     assert_as_good_as_torch(OPS["gae"], packed, {"lam": 0.9}, FLOORS[torch.float32])
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_moments_of_gae(is_packed: bool) -> None:
+    """Advantages about 1e4 in rows of more than a tile, one of them empty: nothing cancels."""
+    rewards, values = torch.randn(2, 3, 2125)
+    rewards[:, -1] += 1e4
+    mask = torch.rand(3, 2125) > 0.3
+    mask[:, -1] = torch.tensor([True, False, True])
+    mask[1] = False
+    cu_seqlens = torch.tensor([0, 2125, 4250, 6375]) if is_packed else None
+    inputs = [x.flatten() if is_packed else x for x in (rewards, values, mask)]
+    advantages, _, moments = ops.compute_gae(*inputs, lam=1.0, cu_seqlens=cu_seqlens,
+                                             return_moments=True, backend=BACKEND)
+    truth = moments_reference(advantages.double(), inputs[2], cu_seqlens)
+    torch.testing.assert_close(moments.double(), truth, rtol=1e-4, atol=0)
 
 
 # A scalar, nothing, odd, and several programs that do not fill.
