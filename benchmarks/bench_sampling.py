@@ -26,7 +26,7 @@ def agree(results: list[Tensor], truth: list[Tensor], plain: list[Tensor], floor
     if same.double().mean() < 0.95:
         return f"{int((~same).sum())} of {len(same)} tokens differ"
     same &= plain[0] == truth[0]
-    return disagreement(*([x[same] for x in outputs[1:]] for outputs in (results, truth, plain)),
+    return disagreement(*([x[same] for x in outputs[1:3]] for outputs in (results, truth, plain)),
                         floor)
 
 

@@ -215,6 +215,48 @@ void run_grad_norm_merge(const Tensor sums, const Tensor norm, int64_t stream) {
         on_stream(sums, stream)));
 }
 
+// A tensor with one entry per row of the logits, or null.
+template <typename T>
+T* row_column(const char* op, const char* name, const std::optional<Tensor>& tensor,
+              ScalarType dtype, int64_t width, const Tensor& logits) {
+    return static_cast<T*>(data(op, name, tensor, dtype, logits.size(0) * width, logits));
+}
+
+void run_sample_tokens(const Tensor logits, const Tensor seeds, const Tensor positions,
+                       const Tensor temperature, const Tensor top_k, const Tensor top_p,
+                       const Tensor min_p, const Tensor greedy, const Tensor raw_logprobs,
+                       const std::optional<Tensor> penalty, const std::optional<Tensor> seen,
+                       const std::optional<Tensor> stops, const std::optional<Tensor> suppresses,
+                       const Tensor token_ids, const Tensor logprobs, const Tensor entropy,
+                       const Tensor stopped, int64_t stream) {
+    const char* op = "sample_tokens";
+    const LogitRows rows = rows_of(op, logits);
+    require(rows.num_columns <= 1 << 20, op, "V", "of at most 2^20");
+    const DeviceGuard guard(logits.get_device_index());
+    const auto number = ScalarType::Float, integer = ScalarType::Long, flag = ScalarType::Bool;
+    const int64_t num_stops = stops.has_value() ? stops->size(1) : 0;
+    const SampleArguments arguments{
+        rows,
+        row_column<int64_t>(op, "seeds", seeds, integer, 1, logits),
+        row_column<int64_t>(op, "positions", positions, integer, 1, logits),
+        row_column<float>(op, "temperature", temperature, number, 1, logits),
+        row_column<int64_t>(op, "top_k", top_k, integer, 1, logits),
+        row_column<float>(op, "top_p", top_p, number, 1, logits),
+        row_column<float>(op, "min_p", min_p, number, 1, logits),
+        row_column<bool>(op, "greedy", greedy, flag, 1, logits),
+        row_column<bool>(op, "raw_logprobs", raw_logprobs, flag, 1, logits),
+        row_column<float>(op, "repetition_penalty", penalty, number, 1, logits),
+        row_column<bool>(op, "seen", seen, flag, rows.num_columns, logits),
+        row_column<int64_t>(op, "stop_token_ids", stops, integer, num_stops, logits),
+        row_column<bool>(op, "suppresses_stops", suppresses, flag, 1, logits),
+        num_stops,
+        row_column<int64_t>(op, "token_ids", token_ids, integer, 1, logits),
+        row_column<float>(op, "logprobs", logprobs, number, 1, logits),
+        row_column<float>(op, "entropy", entropy, number, 1, logits),
+        row_column<bool>(op, "stopped", stopped, flag, 1, logits)};
+    finish(op, sample_tokens(arguments, on_stream(logits, stream)));
+}
+
 }  // namespace
 }  // namespace fastrl
 
@@ -240,6 +282,11 @@ STABLE_TORCH_LIBRARY(fastrl_cuda, m) {
     m.def("grad_norm_parts(Tensor table, Tensor chunks, int type, Tensor(a!) sums, int stream) "
           "-> ()");
     m.def("grad_norm_merge(Tensor sums, Tensor(a!) norm, int stream) -> ()");
+    m.def("sample_tokens(Tensor logits, Tensor seeds, Tensor positions, Tensor temperature, "
+          "Tensor top_k, Tensor top_p, Tensor min_p, Tensor greedy, Tensor raw_logprobs, "
+          "Tensor? repetition_penalty, Tensor? seen, Tensor? stop_token_ids, "
+          "Tensor? suppresses_stops, Tensor(a!) token_ids, Tensor(b!) logprobs, "
+          "Tensor(c!) entropy, Tensor(d!) stopped, int stream) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrl_cuda, CUDA, m) {
@@ -252,6 +299,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastrl_cuda, CUDA, m) {
     m.impl("adamw", TORCH_BOX(&fastrl::run_adamw));
     m.impl("grad_norm_parts", TORCH_BOX(&fastrl::run_grad_norm_parts));
     m.impl("grad_norm_merge", TORCH_BOX(&fastrl::run_grad_norm_merge));
+    m.impl("sample_tokens", TORCH_BOX(&fastrl::run_sample_tokens));
 }
 
 // `import fastrl_kernels._C` loads the library, whose static objects register the ops.

@@ -40,6 +40,29 @@ const char* grad_norm_parts(const int64_t* table, const int* chunks, int64_t num
 // norm = sqrt(sum of sums [count]).
 const char* grad_norm_merge(const double* sums, int64_t count, double* norm, Launch launch);
 
+// One entry per row, except seen [num_rows, num_columns] and stops [num_rows, num_stops].
+// penalty, seen, stops and suppresses may be null.
+struct SampleArguments {
+    LogitRows logits;
+    const int64_t* seeds;
+    const int64_t* positions;
+    const float* temperature;
+    const int64_t* top_k;
+    const float* top_p;
+    const float* min_p;
+    const bool* greedy;
+    const bool* raw_logprobs;
+    const float* penalty;
+    const bool* seen;
+    const int64_t* stops;
+    const bool* suppresses;
+    int64_t num_stops;
+    int64_t* token_ids;
+    float* logprobs;
+    float* entropy;
+    bool* stopped;
+};
+
 // Padded: cu_seqlens null, rows of row_length. Packed: cu_seqlens [num_rows + 1].
 // mask and moments may be null; moments [num_rows, 3] gets count, sum, and sum of squares about the
 // row's own mean, of the advantages.
@@ -72,5 +95,7 @@ const char* gather_logprobs_gradient(const LogitRows& logits, const int64_t* tok
                                      const float* log_sum, const float* dlogprobs,
                                      const float* dentropy, float inverse_temperature,
                                      void* gradient, int64_t gradient_stride, Launch launch);
+
+const char* sample_tokens(const SampleArguments& arguments, Launch launch);
 
 }  // namespace fastrl

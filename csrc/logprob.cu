@@ -5,10 +5,8 @@
 // column depends on the vocabulary and the type alone; lanes meet by shuffles, warps in shared
 // memory, in a fixed order. Forward reads 2V (half precision) or 4V bytes per row; the gradient
 // reads and writes as much, and may be written over the logits.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "common.cuh"
+#include "float_types.cuh"
 #include "kernels.h"
 #include "logprob.h"
 
@@ -19,18 +17,6 @@ constexpr int ITEMS = 16;
 constexpr int NUM_WARPS = 8;
 constexpr int THREADS = NUM_WARPS * WARP;
 constexpr int TILE = THREADS * ITEMS;
-
-__device__ __forceinline__ float widen(float value) { return value; }
-__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
-__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-__device__ __forceinline__ void narrow(float value, float& result) { result = value; }
-__device__ __forceinline__ void narrow(float value, __half& result) {
-    result = __float2half_rn(value);
-}
-__device__ __forceinline__ void narrow(float value, __nv_bfloat16& result) {
-    result = __float2bfloat16_rn(value);
-}
 
 // First column of load `j` of this thread: neighbours of a warp load neighbours.
 template <int N>
@@ -131,9 +117,6 @@ __global__ void __launch_bounds__(THREADS)
         }
     }
 }
-
-template <typename T>
-constexpr int PACK = 16 / sizeof(T);
 
 template <typename T>
 void launch_forward(const LogitRows& logits, const int64_t* token_ids, float inverse_temperature,

@@ -204,7 +204,7 @@ class Generation:
         if self._settings_rows is not batch.index:
             self._settings_rows = batch.index
             self._row_settings = self._settings.select(batch.index)
-        token_ids, logprobs, entropy = self._row_settings.draw(
+        token_ids, logprobs, entropy, is_stop = self._row_settings.draw(
             logits, batch.seeds, batch.kv_lens, batch.num_generated, batch.seen)
         place = (batch.index, batch.num_generated)
         is_replay = batch.num_generated < batch.num_recorded
@@ -220,7 +220,7 @@ class Generation:
         batch.num_generated.add_(batch.alive)
         if batch.seen.shape[1]:
             batch.seen.scatter_(1, token_ids[:, None], True)
-        stopped = self._row_settings.is_stop(token_ids) & ~is_replay
+        stopped = is_stop & ~is_replay
         self._read_text(token_ids, stopped, first_row, batch.size)
         return (stopped | (batch.num_generated >= batch.max_tokens)) & (batch.alive > 0), stopped
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrl.engine.request import Request
-from fastrl.ops import sample_tokens
-from fastrl.ops.logprob import gather_logprobs
+from fastrl.ops import SampledTokens, sample_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +39,8 @@ class Settings:
     """Some request has a repetition penalty."""
     has_minimum: bool
     """Some request has stop tokens and a least number of tokens before them."""
+    is_truncated: bool
+    """Some request has top_k, top_p or min_p."""
 
     @classmethod
     def of(
@@ -72,6 +73,7 @@ class Settings:
             has_penalty=any(c.repetition_penalty != 1 for c in configs),
             has_minimum=any(c.min_new_tokens and ids
                             for c, ids in zip(configs, stops, strict=True)),
+            is_truncated=any(c.top_k > 0 or c.top_p < 1 or c.min_p > 0 for c in configs),
         )
 
     def select(self, rows: Tensor) -> "Settings":
@@ -82,36 +84,20 @@ class Settings:
 
     def draw(
         self, logits: Tensor, seeds: Tensor, positions: Tensor, num_generated: Tensor, seen: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """A token for every row.
+    ) -> SampledTokens:
+        """A token for every row, and whether it is one of the row's stop tokens.
 
         Args:
             logits: [R, V].
             seeds, positions: [R] int64, as `sample_tokens` takes them.
             num_generated: [R] int64, response tokens so far.
             seen: [R, V] bool, tokens of prompt and response; read where `has_penalty`.
-        Returns:
-            token_ids [R] int64; logprobs, entropy [R] float32.
         """
-        adjusted = logits
-        if self.has_penalty:
-            penalty = self.repetition_penalty[:, None]
-            penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
-            adjusted = torch.where(seen, penalised, logits)
-        if self.has_minimum:
-            is_early = (num_generated < self.min_new_tokens)[:, None] & (self.stop_ids >= 0)
-            highest = torch.full_like(self.stop_ids, torch.inf, dtype=logits.dtype)
-            adjusted = adjusted.scatter_reduce(
-                1, self.stop_ids.clamp_min(0), highest.masked_fill_(is_early, -torch.inf), "amin")
-        token_ids, logprobs, entropy = sample_tokens(
-            adjusted, seeds, positions, temperature=self.temperature, top_k=self.top_k,
-            top_p=self.top_p, min_p=self.min_p, greedy=self.greedy, raw_logprobs=self.raw_logprobs)
-        if adjusted is not logits and self.raw_logprobs.any():
-            raw, _ = gather_logprobs(logits / self.temperature[:, None], token_ids)
-            is_adjusted = (self.repetition_penalty != 1) | (self.min_new_tokens > 0)
-            logprobs = torch.where(self.raw_logprobs & is_adjusted, raw.float(), logprobs)
-        return token_ids, logprobs, entropy
-
-    def is_stop(self, token_ids: Tensor) -> Tensor:
-        """[R] bool, True where token_ids [R] is a stop token of its row."""
-        return (token_ids[:, None] == self.stop_ids).any(dim=1)
+        return sample_tokens(
+            logits, seeds, positions, temperature=self.temperature, top_k=self.top_k,
+            top_p=self.top_p, min_p=self.min_p, greedy=self.greedy,
+            raw_logprobs=self.raw_logprobs, stop_token_ids=self.stop_ids,
+            repetition_penalty=self.repetition_penalty if self.has_penalty else None,
+            seen=seen if self.has_penalty else None,
+            suppresses_stops=num_generated < self.min_new_tokens if self.has_minimum else None,
+            is_truncated=self.is_truncated)

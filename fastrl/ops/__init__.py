@@ -19,13 +19,15 @@ from fastrl.ops.policy_loss import PolicyStats, policy_loss
 from fastrl.ops.ppo_loss import ppo_loss
 from fastrl.ops.ranking_loss import RankingStats, ranking_loss
 from fastrl.ops.rewards import shape_rewards
-from fastrl.ops.sampling import sample_tokens
+from fastrl.ops.sampling import SampledTokens, sample_tokens
 from fastrl.ops.value_loss import ValueStats, value_loss
 from fastrl.ops.whiten import whiten
 
 __all__ = [
     "PolicyStats",
     "RankingStats",
+    "SampledTokens",
+    "SampledTokens",
     "ValueStats",
     "adamw_step",
     "add_layer_norm",

@@ -1,6 +1,6 @@
 """sample_tokens: draw one token per row by inverse CDF from counter-based random numbers.
 
-    p   = softmax(truncate(logits / temperature))
+    p   = softmax(truncate(adjust(logits) / temperature))
     u   = (Philox4x32-10(key = seed, counter = position) + 0.5) / 2^32, inside (0, 1)
     token = first v with p_0 + ... + p_v > u * sum(p)
 
@@ -8,14 +8,19 @@ A token depends on its own row, seed and position only: not on the device, the b
 Shape letters: B rows, V vocabulary.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastrl.backends import choose
-from fastrl.checks import check_values
+from fastrl.checks import check_device, check_values
 from fastrl.errors import ShapeError
+from fastrl.ops.logprob import gather_logprobs_reference
 
-PREFERENCE = ("torch",)
+# The torch form asks the host several times in a call, which a captured decode step cannot do, so
+# a GPU takes a kernel; which of the two is to be measured.
+PREFERENCE = ("triton", "cuda", "torch")
 
 _LOW_32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -25,8 +30,24 @@ TILE = 256
 """Tokens whose probabilities are summed before the drawn one is searched among them."""
 CHUNK_BYTES = 2**19
 """Logits of a thread that are taken at a time on a CPU, so that every pass finds them in cache."""
+DTYPES = {"seeds": torch.int64, "positions": torch.int64, "top_k": torch.int64,
+          "greedy": torch.bool, "raw_logprobs": torch.bool, "seen": torch.bool,
+          "stop_token_ids": torch.int64, "suppresses_stops": torch.bool}
 _REQUEST_COUNTER = 1
 """Third counter word of request seeds; tokens use 0, so the two streams never meet."""
+
+
+class SampledTokens(NamedTuple):
+    """One entry per row."""
+
+    token_ids: Tensor
+    """[B] int64."""
+    logprobs: Tensor
+    """[B] float32, of the token."""
+    entropy: Tensor
+    """[B] float32, nats, of the distribution drawn from."""
+    stopped: Tensor
+    """[B] bool, the token is one of the row's stop tokens."""
 
 
 def philox(key: Tensor, counter: Tensor) -> Tensor:
@@ -83,65 +104,93 @@ def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
 def sample_tokens_reference(
     logits: Tensor, seeds: Tensor, positions: Tensor, *, temperature: Tensor, top_k: Tensor,
     top_p: Tensor, min_p: Tensor, greedy: Tensor, raw_logprobs: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    repetition_penalty: Tensor | None = None, seen: Tensor | None = None,
+    stop_token_ids: Tensor | None = None, suppresses_stops: Tensor | None = None,
+) -> SampledTokens:
     """sample_tokens, one row at a time in float64."""
     drawn = uniforms(seeds, positions)
     rows = []
     for row in range(len(logits)):
-        raw = (logits[row].double() / temperature[row]).log_softmax(dim=-1)
-        kept = raw.clone()
+        wide = logits[row].double()
+        raw = (wide / temperature[row]).log_softmax(dim=-1)
+        stops = [] if stop_token_ids is None else stop_token_ids[row].tolist()
+        if repetition_penalty is not None and seen is not None:
+            penalised = torch.where(wide > 0, wide / repetition_penalty[row],
+                                    wide * repetition_penalty[row])
+            wide = torch.where(seen[row], penalised, wide)
+        if suppresses_stops is not None and suppresses_stops[row]:
+            wide = wide.clone()
+            wide[[stop for stop in stops if 0 <= stop < len(wide)]] = -torch.inf
+        whole = (wide / temperature[row]).log_softmax(dim=-1)
+        kept = whole.clone()
         if top_k[row] > 0:
-            smallest = raw.sort(descending=True).values[: int(top_k[row])][-1]
-            kept[raw < smallest] = -torch.inf
+            smallest = whole.sort(descending=True).values[: int(top_k[row])][-1]
+            kept[whole < smallest] = -torch.inf
         if top_p[row] < 1:
             ordered = kept.softmax(dim=-1).sort(descending=True).values
             reached = int((ordered.cumsum(0) < top_p[row]).sum())
             kept[kept.softmax(dim=-1) < ordered[min(reached, len(ordered) - 1)]] = -torch.inf
-        kept[raw < raw.max() + min_p[row].log()] = -torch.inf
+        kept[whole < whole.max() + min_p[row].log()] = -torch.inf
         logprobs = kept.log_softmax(dim=-1)
         cdf = logprobs.exp().cumsum(0)
         token = int((cdf <= drawn[row] * cdf[-1]).sum())
         if greedy[row]:
-            token = int(raw.argmax())
+            token = int(whole.argmax())
         entropy = torch.special.entr(logprobs.exp()).sum()
-        rows.append((token, raw[token] if raw_logprobs[row] else logprobs[token], entropy))
-    token_ids, logprobs_B, entropy_B = zip(*rows, strict=True)
-    return (torch.tensor(token_ids, device=logits.device), torch.stack(logprobs_B).float(),
-            torch.stack(entropy_B).float())
+        rows.append((token, raw[token] if raw_logprobs[row] else logprobs[token], entropy,
+                     token in stops))
+    token_ids, logprobs_B, entropy_B, stopped = zip(*rows, strict=True)
+    device = logits.device
+    return SampledTokens(
+        torch.tensor(token_ids, device=device), torch.stack(logprobs_B).float(),
+        torch.stack(entropy_B).float(), torch.tensor(stopped, device=device))
 
 
 def _check(
-    logits: Tensor, seeds: Tensor, positions: Tensor, settings: dict[str, Tensor]
+    logits: Tensor, columns: dict[str, Tensor | None], seen: Tensor | None,
+    stop_token_ids: Tensor | None,
 ) -> None:
+    op = "sample_tokens"
     if logits.dim() != 2 or not logits.is_floating_point():
-        raise ShapeError(
-            f"sample_tokens: expected logits [B, V] of a floating type, got "
-            f"{list(logits.shape)} {logits.dtype}"
-        )
-    batch_size = logits.shape[0]
-    integers = {"seeds": seeds, "positions": positions}
-    for name, tensor in {**integers, **settings}.items():
-        if tensor.shape != (batch_size,):
-            raise ShapeError(
-                f"sample_tokens: expected {name} [{batch_size}], one per row of logits, got "
-                f"{list(tensor.shape)}"
-            )
-    for name, dtype in (("seeds", torch.int64), ("positions", torch.int64),
-                        ("greedy", torch.bool), ("raw_logprobs", torch.bool)):
-        tensor = integers[name] if name in integers else settings[name]
-        if tensor.dtype != dtype:
-            raise ShapeError(f"sample_tokens: expected {name} {dtype}, got {tensor.dtype}")
-    check_values("sample_tokens", logits=logits)
+        raise ShapeError(f"{op}: expected logits [B, V] of a floating type, got "
+                         f"{list(logits.shape)} {logits.dtype}")
+    batch_size, vocab_size = logits.shape
+    for name, tensor in columns.items():
+        if tensor is not None and tensor.shape != (batch_size,):
+            raise ShapeError(f"{op}: expected {name} [{batch_size}], one per row of logits, got "
+                             f"{list(tensor.shape)}")
+    if seen is not None and seen.shape != logits.shape:
+        raise ShapeError(f"{op}: expected seen [{batch_size}, {vocab_size}], as the logits, got "
+                         f"{list(seen.shape)}")
+    if stop_token_ids is not None and (stop_token_ids.dim() != 2
+                                       or stop_token_ids.shape[0] != batch_size):
+        raise ShapeError(f"{op}: expected stop_token_ids [{batch_size}, E], a row per row of "
+                         f"logits, got {list(stop_token_ids.shape)}")
+    if (seen is None) != (columns["repetition_penalty"] is None):
+        raise ShapeError(f"{op}: expected repetition_penalty and seen together, got one of them")
+    if columns["suppresses_stops"] is not None and stop_token_ids is None:
+        raise ShapeError(f"{op}: expected stop_token_ids with suppresses_stops, got none")
+    tensors = {**columns, "seen": seen, "stop_token_ids": stop_token_ids}
+    for name, dtype in DTYPES.items():
+        tensor = tensors[name]
+        if tensor is not None and tensor.dtype != dtype:
+            raise ShapeError(f"{op}: expected {name} {dtype}, got {tensor.dtype}")
+    check_device(op, {"logits": logits, **{k: v for k, v in tensors.items() if v is not None}})
+    check_values(op, logits=logits)
 
 
 def sample_tokens(
     logits: Tensor, seeds: Tensor, positions: Tensor, *, temperature: Tensor, top_k: Tensor,
     top_p: Tensor, min_p: Tensor, greedy: Tensor, raw_logprobs: Tensor,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One token per row, its log-probability, and the entropy of the distribution.
+    repetition_penalty: Tensor | None = None, seen: Tensor | None = None,
+    stop_token_ids: Tensor | None = None, suppresses_stops: Tensor | None = None,
+    is_truncated: bool = True, backend: str | None = None,
+) -> SampledTokens:
+    """One token per row, its log-probability, the entropy of the distribution, and a stop flag.
 
-        kept = top_k, then top_p of what is left, then min_p;  p = softmax(kept)
+        adjusted = logits, penalised where seen, -inf for suppressed stops
+        kept = top_k, then top_p of what is left, then min_p, of adjusted / temperature
+        p = softmax(kept)
 
     Tokens that tie with the last one kept by top_k or top_p are kept too, so that what is kept
     does not depend on the order of the vocabulary.
@@ -156,24 +205,75 @@ def sample_tokens(
         min_p: [B]. Drop tokens below this share of the most likely one; 0 keeps all.
         greedy: [B] bool. True takes the most likely token, the lowest id among equals; log-prob
             and entropy stay those of the distribution that would have been drawn from.
-        raw_logprobs: [B] bool. True reports the log-prob before truncation (temperature only).
+        raw_logprobs: [B] bool. True reports the log-prob of the logits as they came (temperature
+            only).
+        repetition_penalty: [B], above 0. Divides positive and multiplies negative logits of tokens
+            that were seen; 1 changes nothing. Given with `seen`.
+        seen: [B, V] bool. Tokens that the penalty is for.
+        stop_token_ids: [B, E] int64. Tokens that set the stop flag; -1 is none.
+        suppresses_stops: [B] bool. True never draws a stop token.
+        is_truncated: False says that no row asks for top_k, top_p or min_p, which saves a GPU
+            a search that it could not leave out by itself.
         backend: See fastrl.backends.
     Returns:
-        token_ids [B] int64; logprobs [B] float32; entropy [B] float32, nats, of the distribution
-        drawn from.
+        SampledTokens.
     Raises:
-        ShapeError: when shapes or dtypes do not fit together.
+        ShapeError: when shapes, dtypes or devices do not fit together.
         BackendUnavailableError: when a backend is named that cannot run.
-    Cost: one pass over the logits, on a CPU six in cache; a sort of each row more with top_k or
-        top_p.
+    Cost: one pass over the logits, on a CPU six in cache. With top_k or top_p a CPU sorts each row,
+        a GPU reads it again, up to 17 times for each of them.
     Source: Salmon et al. 2011 for the random numbers; top-p: Holtzman et al. 2020
-        (arXiv 1904.09751); min-p: Nguyen et al. 2024 (arXiv 2407.01082).
+        (arXiv 1904.09751); min-p: Nguyen et al. 2024 (arXiv 2407.01082); repetition penalty:
+        Keskar et al. 2019 (arXiv 1909.05858).
     """
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-                "greedy": greedy, "raw_logprobs": raw_logprobs}
-    _check(logits, seeds, positions, settings)
-    choose("sample_tokens", "sampling", PREFERENCE, logits.device.type, logits.dtype, backend)
-    return _sample_tokens_torch(logits, seeds, positions, **settings)
+    columns = {
+        "seeds": seeds, "positions": positions, "temperature": temperature, "top_k": top_k,
+        "top_p": top_p, "min_p": min_p, "greedy": greedy, "raw_logprobs": raw_logprobs,
+        "repetition_penalty": repetition_penalty, "suppresses_stops": suppresses_stops}
+    _check(logits, columns, seen, stop_token_ids)
+    name = choose("sample_tokens", "sampling", PREFERENCE, logits.device.type, logits.dtype,
+                  backend)
+    arguments = (logits, seeds, positions, temperature, top_k, top_p, min_p, greedy, raw_logprobs,
+                 repetition_penalty, seen, stop_token_ids, suppresses_stops)
+    if name == "triton":
+        from fastrl_kernels.triton import sampling as triton_sampling
+
+        return SampledTokens(*triton_sampling.sample_tokens(*arguments, is_truncated))
+    if name == "cuda":
+        from fastrl_kernels.cuda import sampling as cuda_sampling
+
+        return SampledTokens(*cuda_sampling.sample_tokens(*arguments))
+    return _sample_adjusted_torch(*arguments)
+
+
+def _sample_adjusted_torch(
+    logits: Tensor, seeds: Tensor, positions: Tensor, temperature: Tensor, top_k: Tensor,
+    top_p: Tensor, min_p: Tensor, greedy: Tensor, raw_logprobs: Tensor,
+    repetition_penalty: Tensor | None, seen: Tensor | None, stop_token_ids: Tensor | None,
+    suppresses_stops: Tensor | None,
+) -> SampledTokens:
+    adjusted, is_adjusted = logits, torch.zeros_like(greedy)
+    if repetition_penalty is not None and seen is not None:
+        is_adjusted = repetition_penalty != 1
+        penalty = repetition_penalty[:, None]
+        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+        adjusted = torch.where(seen, penalised, logits)
+    if suppresses_stops is not None and stop_token_ids is not None:
+        is_adjusted = is_adjusted | suppresses_stops
+        exists = (stop_token_ids >= 0) & (stop_token_ids < logits.shape[1])
+        limits = torch.full_like(stop_token_ids, torch.inf, dtype=logits.dtype)
+        limits.masked_fill_(exists & suppresses_stops[:, None], -torch.inf)
+        adjusted = adjusted.scatter_reduce(
+            1, stop_token_ids.clamp(0, logits.shape[1] - 1), limits.to(adjusted.dtype), "amin")
+    token_ids, logprobs, entropy = _sample_tokens_torch(
+        adjusted, seeds, positions, temperature, top_k, top_p, min_p, greedy, raw_logprobs)
+    if adjusted is not logits and raw_logprobs.any():
+        raw, _ = gather_logprobs_reference(logits / temperature[:, None], token_ids)
+        logprobs = torch.where(raw_logprobs & is_adjusted, raw.float(), logprobs)
+    stopped = torch.zeros_like(greedy)
+    if stop_token_ids is not None:
+        stopped = (token_ids[:, None] == stop_token_ids).any(dim=1)
+    return SampledTokens(token_ids, logprobs, entropy, stopped)
 
 
 def _sample_tokens_torch(

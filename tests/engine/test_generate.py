@@ -54,7 +54,7 @@ def _plain(
         hidden = model(packed.token_ids, packed.positions,
                        PackedAttention(packed.cu_seqlens, packed.max_seqlen))
         logits = model.lm_head(hidden[-1:], F.linear)
-        token, logprob, entropy = sample_tokens(
+        token, logprob, entropy, _ = sample_tokens(
             logits, seeds, torch.tensor([len(tokens)]), **settings)
         tokens.append(int(token))
         outputs.append((int(token), float(logprob), float(entropy)))

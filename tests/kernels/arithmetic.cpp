@@ -9,6 +9,7 @@
 #include "kl.h"
 #include "logprob.h"
 #include "moments.h"
+#include "sampling.h"
 
 using namespace fastrl;
 
@@ -146,6 +147,57 @@ void adamw_codes(uint16_t* weights, const uint16_t* gradients, int8_t* first, ui
             second[i] = static_cast<uint8_t>(encode_root(roots[i - begin], second_scale));
         }
     }
+}
+
+uint32_t sample_word(int64_t seed, int64_t position) { return random_word(seed, position); }
+
+float sample_adjusted(float logit, int is_seen, int is_stop, float temperature, float penalty,
+                      int suppresses) {
+    return adjusted_score(logit, is_seen != 0, is_stop != 0,
+                          {temperature, penalty, suppresses != 0});
+}
+
+// The largest score such that what is at least that, and at least `floor`, amounts to `wanted`.
+static float least_kept(const float* z, int64_t length, float maximum, float floor,
+                        uint64_t wanted, bool by_mass) {
+    Selection found{0, wanted};
+    for (int digit = 0; digit < NUM_DIGITS; ++digit) {
+        uint64_t bins[RADIX] = {}, above = 0;
+        for (int64_t v = 0; v < length; ++v)
+            if (z[v] >= floor && has_prefix(order_of(z[v]), found, digit))
+                bins[digit_of(order_of(z[v]), digit)] += by_mass ? token_mass(z[v] - maximum) : 1;
+        const int bin = crossing_bin<RADIX>(bins, 0, found.wanted, above);
+        if (bin >= 0) found = with_digit(found, digit, bin, above);
+    }
+    return score_of(found.prefix);
+}
+
+// One row of scores as csrc/sampling.cu draws from it. Returns the token; `floor` gets the least
+// score that is kept.
+int64_t sample_row(const float* z, int64_t length, int64_t seed, int64_t position, int64_t top_k,
+                   float top_p, float min_p, float* floor) {
+    float maximum = -INFINITY;
+    for (int64_t v = 0; v < length; ++v) maximum = fmaxf(maximum, z[v]);
+    *floor = -INFINITY;
+    if (top_k > 0 && top_k < length)
+        *floor = least_kept(z, length, maximum, *floor, static_cast<uint64_t>(top_k), false);
+    if (top_p < 1.0f) {
+        uint64_t total = 0;
+        for (int64_t v = 0; v < length; ++v)
+            if (z[v] >= *floor) total += token_mass(z[v] - maximum);
+        *floor = fmaxf(*floor, least_kept(z, length, maximum, *floor, wanted_mass(top_p, total),
+                                          true));
+    }
+    if (min_p > 0.0f) *floor = fmaxf(*floor, maximum + logf(min_p));
+    std::vector<uint64_t> masses;
+    uint64_t total = 0;
+    for (int64_t v = 0; v < length; ++v) {
+        masses.push_back(z[v] < *floor ? 0 : token_mass(z[v] - maximum));
+        total += masses.back();
+    }
+    uint64_t target = draw_target(random_word(seed, position), total);
+    const int token = first_past(masses.data(), static_cast<int>(length), target);
+    return token == length ? length - 1 : token;
 }
 
 }  // extern "C"

@@ -1,6 +1,7 @@
 """csrc/ without a GPU: its arithmetic on the CPU, its compilation, its import."""
 
 import ctypes
+import math
 import os
 import re
 import runpy
@@ -9,10 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from fastrl_kernels.cuda import adamw, gae, grad_norm, kl, logprob, rewards
+from fastrl_kernels.cuda import adamw, gae, grad_norm, kl, logprob, rewards, sampling
 from fastrl_kernels.multi_tensor import CHUNK, adamw_factors
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,12 +23,13 @@ from fastrl.ops.adamw import adamw_step_reference
 from fastrl.ops.gae import compute_gae_reference
 from fastrl.ops.kl import kl_estimate_reference
 from fastrl.ops.logprob import gather_logprobs_reference
+from fastrl.ops.sampling import sample_tokens_reference, uniforms
 from fastrl.ops.whiten import row_moments
 from fastrl.state_formats import split_master
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = {"adamw", "gae", "gather_logprobs", "gather_logprobs_gradient", "grad_norm_merge",
-       "grad_norm_parts", "kl_estimate", "kl_gradient", "shape_rewards"}
+       "grad_norm_parts", "kl_estimate", "kl_gradient", "sample_tokens", "shape_rewards"}
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +249,114 @@ def test_the_chunk_of_a_table_is_that_of_the_kernels() -> None:
     assert re.search(r"TENSOR_CHUNK = (\d+);", header)[1] == str(CHUNK)
 
 
+# Known-answer vectors of Random123 1.14 (tests/kat_vectors, philox4x32-10) with a counter whose
+# upper half is 0, and words of the torch form.
+def test_random_words_equal_those_of_torch(arithmetic: ctypes.CDLL) -> None:
+    arithmetic.sample_word.restype = ctypes.c_uint32
+    seeds = torch.tensor([0, -1, 2**62, 12345, -(2**63)])
+    positions = torch.tensor([0, 7, 2**40 + 3, -1, 2**63 - 1])
+    words = [arithmetic.sample_word(ctypes.c_int64(seed), ctypes.c_int64(position))
+             for seed, position in zip(seeds.tolist(), positions.tolist(), strict=True)]
+    assert words[0] == 0x6627E8D5
+    expected = (uniforms(seeds, positions) * 2**32 - 0.5).round().long()
+    assert words == expected.tolist()
+
+
+def sampled_row(arithmetic: ctypes.CDLL, scores: Tensor, seed: int, position: int,
+                settings: dict[str, Any]) -> tuple[int, float]:
+    """Token and least score kept of one row, by the arithmetic of csrc/sampling.h."""
+    arithmetic.sample_row.restype = ctypes.c_int64
+    floor = ctypes.c_float(float("nan"))
+    token = arithmetic.sample_row(
+        ctypes.c_void_p(scores.data_ptr()), ctypes.c_int64(len(scores)), ctypes.c_int64(seed),
+        ctypes.c_int64(position), ctypes.c_int64(settings.get("top_k", 0)),
+        ctypes.c_float(settings.get("top_p", 1.0)), ctypes.c_float(settings.get("min_p", 0.0)),
+        ctypes.byref(floor))
+    return token, floor.value
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"top_k": 7}, {"top_k": 503}, {"top_p": 0.6}, {"min_p": 0.05},
+    {"top_k": 20, "top_p": 0.9, "min_p": 0.02}, {"top_p": 1e-7}], ids=str)
+@pytest.mark.parametrize("vocab_size", [1, 5, 503])
+def test_sampled_rows_equal_the_reference(arithmetic: ctypes.CDLL, vocab_size: int,
+                                          settings: dict[str, Any]) -> None:
+    num_rows = 60
+    logits = (3 * torch.randn(num_rows, vocab_size)).round(decimals=1)  # with ties
+    ids = torch.arange(num_rows)
+    full = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "greedy": False,
+            "raw_logprobs": False, **settings}
+    expected = sample_tokens_reference(
+        logits.double(), ids - 9, ids**2,
+        **{name: torch.full((num_rows,), value) for name, value in full.items()})
+    got = [sampled_row(arithmetic, logits[row], row - 9, row**2, settings)[0]
+           for row in range(num_rows)]
+    assert got == expected.token_ids.tolist()
+
+
+def test_sampled_rows_follow_the_distribution_and_end_inside_it(arithmetic: ctypes.CDLL) -> None:
+    """99.9% point of chi-square with 3 degrees; tokens of -inf at both ends are never drawn."""
+    scores = torch.tensor([-torch.inf, 1.0, 0.0, 0.5, -0.5, -torch.inf])
+    tokens = torch.tensor([sampled_row(arithmetic, scores, 3, i, {})[0] for i in range(5000)])
+    counts = torch.bincount(tokens, minlength=6).double()
+    expected = scores.double().softmax(0) * 5000
+    assert counts[0] == counts[5] == 0
+    assert ((counts - expected)[1:5].square() / expected[1:5]).sum() <= 16.27
+    assert sampled_row(arithmetic, torch.full((4,), -torch.inf), 0, 0, {})[0] == 3
+    assert sampled_row(arithmetic, torch.full((4,), torch.nan), 0, 0, {})[0] == 3
+
+
+def test_what_is_kept_is_found_exactly(arithmetic: ctypes.CDLL) -> None:
+    scores = torch.tensor([2.0, 1.0, 1.0, 0.5, -0.0, -1.0, 1e-30, -torch.inf, 1e30, 1.0])
+    for top_k, floor in ((1, 1e30), (2, 2.0), (3, 1.0), (5, 1.0), (6, 0.5), (7, 1e-30), (8, -0.0),
+                         (9, -1.0)):
+        assert sampled_row(arithmetic, scores, 0, 0, {"top_k": top_k})[1] == pytest.approx(floor)
+
+
+def test_scores_are_adjusted(arithmetic: ctypes.CDLL) -> None:
+    arithmetic.sample_adjusted.restype = ctypes.c_float
+    for logit, is_seen, is_stop, suppresses, expected in (
+            (3.0, 1, 0, 0, 3.0 / 2 / 0.5), (-3.0, 1, 0, 0, -3.0 * 2 / 0.5), (3.0, 0, 1, 0, 6.0),
+            (3.0, 0, 1, 1, -math.inf), (3.0, 0, 0, 1, 6.0)):
+        got = arithmetic.sample_adjusted(ctypes.c_float(logit), is_seen, is_stop,
+                                         ctypes.c_float(0.5), ctypes.c_float(2.0), suppresses)
+        assert got == pytest.approx(expected)
+
+
+def test_the_caller_of_sample_tokens_hands_over_what_the_schema_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With torch in place of the compiled op: every argument in its place and type."""
+
+    def compiled(logits: Tensor, seeds: Tensor, positions: Tensor, temperature: Tensor,
+                 top_k: Tensor, top_p: Tensor, min_p: Tensor, greedy: Tensor, raw: Tensor,
+                 penalty: Tensor, seen: Tensor, stops: Tensor, suppresses: Tensor,
+                 token_ids: Tensor, logprobs: Tensor, entropy: Tensor, stopped: Tensor,
+                 stream: int) -> None:
+        assert logits.stride(1) == 1 and stream == 0
+        assert {x.dtype for x in (temperature, top_p, min_p, penalty)} == {torch.float32}
+        result = sample_tokens_reference(
+            logits, seeds, positions, temperature=temperature, top_k=top_k, top_p=top_p,
+            min_p=min_p, greedy=greedy, raw_logprobs=raw, repetition_penalty=penalty, seen=seen,
+            stop_token_ids=stops, suppresses_stops=suppresses)
+        for target, value in zip((token_ids, logprobs, entropy, stopped), result, strict=True):
+            target.copy_(value)
+
+    monkeypatch.setattr(sampling, "compiled_ops", lambda: SimpleNamespace(sample_tokens=compiled))
+    monkeypatch.setattr(sampling, "stream_of", lambda tensor: 0)
+    ids = torch.arange(30)
+    columns = (ids, ids, torch.linspace(0.5, 2, 30), ids % 5, torch.linspace(0.3, 1, 30),
+               torch.linspace(0, 0.2, 30), ids % 7 == 0, ids % 4 == 0,
+               torch.linspace(1, 2, 30), torch.rand(30, 9) < 0.5, ids[:, None] % 9, ids % 3 == 0)
+    logits = torch.randn(9, 30).t()
+    names = ("temperature", "top_k", "top_p", "min_p", "greedy", "raw_logprobs",
+             "repetition_penalty", "seen", "stop_token_ids", "suppresses_stops")
+    expected = sample_tokens_reference(logits, *columns[:2],
+                                       **dict(zip(names, columns[2:], strict=True)))
+    for got, value in zip(sampling.sample_tokens(logits, *columns), expected, strict=True):
+        torch.testing.assert_close(got, value)
+
+
 def test_the_cuda_callers_say_what_they_refuse() -> None:
     assert adamw.supports("cpu", torch.float32) == "the tensors are on cpu"
     assert adamw.supports("cuda", torch.bfloat16) is None
@@ -324,11 +435,11 @@ def test_the_extension_may_be_in_another_folder_on_the_path(tmp_path: Path) -> N
 
 
 def test_every_cuda_op_has_a_test_for_a_gpu() -> None:
-    text = (ROOT / "tests/kernels/test_cuda_on_gpu.py").read_text()
+    text = "".join(p.read_text() for p in (ROOT / "tests/kernels").glob("test_*_on_gpu.py"))
     for path in (ROOT / "kernels/fastrl_kernels/cuda").glob("*.py"):
         assert path.stem == "__init__" or re.search(
             rf'^    "{path.stem}": GpuOp|^def test_{path.stem}\b|^def test_{path.stem}_', text, re.M
-        ), f"{path.name} has no test in test_cuda_on_gpu.py"
+        ), f"{path.name} has no test for a GPU"
 
 
 def test_every_kernel_compiles_without_spills(build: SimpleNamespace) -> None:

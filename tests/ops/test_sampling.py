@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastrl.errors import BackendUnavailableError, ShapeError
 from fastrl.ops.sampling import (
+    SampledTokens,
     philox,
     request_seeds,
     sample_tokens,
@@ -26,7 +27,7 @@ def _settings(batch_size: int, **changes: float | bool) -> dict[str, Tensor]:
     return {name: torch.full((batch_size,), value) for name, value in values.items()}
 
 
-def _draw(logits: Tensor, seed: int = 0, **changes: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _draw(logits: Tensor, seed: int = 0, **changes: Any) -> SampledTokens:
     positions = torch.arange(len(logits))
     return sample_tokens(logits, torch.full_like(positions, seed), positions,
                          **_settings(len(logits), **changes))
@@ -105,7 +106,7 @@ def test_draws_follow_the_exact_distribution(
     changes: dict[str, Any], kept: list[int]
 ) -> None:
     num_draws = 20000
-    token_ids, logprobs, entropy = _draw(LOGITS.expand(num_draws, -1), seed=11, **changes)
+    token_ids, logprobs, entropy, _ = _draw(LOGITS.expand(num_draws, -1), seed=11, **changes)
     exact = _exact((LOGITS / changes.get("temperature", 1.0)).tolist(), kept)
     counts = torch.bincount(token_ids, minlength=10).double()
     expected = torch.tensor(exact, dtype=torch.float64) * num_draws
@@ -122,7 +123,7 @@ def test_draws_follow_the_exact_distribution(
 
 def test_golden_draw() -> None:
     # Seed 0, position 0: word 6627e8d5, u = 0.39904646. Cumulative: .25, .5, .75, 1.
-    token_ids, logprobs, entropy = _draw(torch.zeros(1, 4))
+    token_ids, logprobs, entropy, _ = _draw(torch.zeros(1, 4))
     assert token_ids.tolist() == [1]
     assert logprobs.item() == pytest.approx(-1.3862944)
     assert entropy.item() == pytest.approx(1.3862944)
@@ -140,7 +141,7 @@ def test_equals_reference(vocab_size: int, changes: dict[str, Any]) -> None:
     logits = 3 * torch.randn(64, vocab_size, generator=torch.Generator().manual_seed(2))
     seeds, positions = torch.arange(64) - 32, torch.arange(64) ** 2
     settings = _settings(64, **changes)
-    token_ids, logprobs, entropy = sample_tokens(logits, seeds, positions, **settings)
+    token_ids, logprobs, entropy, _ = sample_tokens(logits, seeds, positions, **settings)
     expected = sample_tokens_reference(logits.double(), seeds, positions, **settings)
     assert torch.equal(token_ids, expected[0])
     torch.testing.assert_close(logprobs, expected[1], rtol=0, atol=2e-6)
@@ -167,24 +168,72 @@ def test_rows_may_differ_in_settings_and_do_not_depend_on_each_other() -> None:
 
 
 def test_greedy_takes_the_lowest_id_among_equals() -> None:
-    token_ids, _, _ = _draw(torch.tensor([[0.0, 2.0, 2.0, 2.0], [3.0, 1.0, 3.0, NEVER]]),
+    token_ids, _, _, _ = _draw(torch.tensor([[0.0, 2.0, 2.0, 2.0], [3.0, 1.0, 3.0, NEVER]]),
                             greedy=True)
     assert token_ids.tolist() == [1, 0]
 
 
 def test_raw_logprobs_ignore_truncation_but_not_temperature() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0]])
-    token_ids, logprobs, entropy = _draw(logits, top_k=1, temperature=2.0, raw_logprobs=True)
+    token_ids, logprobs, entropy, _ = _draw(logits, top_k=1, temperature=2.0, raw_logprobs=True)
     assert token_ids.item() == 0
     assert logprobs.item() == pytest.approx(-0.6802697)  # -log(1 + e^-0.5 + e^-1)
     assert entropy.item() == 0
+
+
+def test_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens() -> None:
+    logits, seen = torch.tensor([[2.0, -1.0, 1.0]]), torch.tensor([[True, True, False]])
+    options = {"repetition_penalty": torch.tensor([2.0]), "seen": seen}
+    zero = torch.zeros(1, dtype=torch.int64)
+    settings = _settings(1, greedy=True)
+    token_ids, logprobs, entropy, _ = sample_tokens(logits, zero, zero, **settings, **options)
+    exact = torch.tensor([1.0, -2.0, 1.0]).log_softmax(0)  # 2 / 2 and -1 * 2
+    assert token_ids.item() == 0 and logprobs.item() == pytest.approx(exact[0].item())
+    assert entropy.item() == pytest.approx(-(exact.exp() * exact).sum().item())
+    settings["raw_logprobs"][:] = True
+    raw = sample_tokens(logits, zero, zero, **settings, **options).logprobs
+    assert raw.item() == pytest.approx(logits[0].log_softmax(0)[0].item())
+
+
+def test_stop_tokens_set_the_flag_or_are_never_drawn() -> None:
+    rows = 400
+    logits = torch.tensor([0.0, 1.0, 0.5, -0.5]).expand(rows, -1)
+    stops = torch.tensor([[1, -1, 99]]).expand(rows, -1)  # none, and one beyond the vocabulary
+    suppresses = torch.arange(rows) % 2 == 0
+    ids = torch.arange(rows)
+    got = sample_tokens(logits, ids, ids, **_settings(rows), stop_token_ids=stops,
+                        suppresses_stops=suppresses)
+    assert torch.equal(got.stopped, got.token_ids == 1) and 50 < got.stopped.sum() < 150
+    assert not got.stopped[suppresses].any()
+    exact = logits[0, [0, 2, 3]].log_softmax(0)[0]
+    torch.testing.assert_close(got.logprobs[suppresses & (got.token_ids == 0)],
+                               exact.expand(int((suppresses & (got.token_ids == 0)).sum())))
+    assert not _draw(logits).stopped.any()
+
+
+def test_adjustments_equal_the_reference() -> None:
+    ids = torch.arange(60)
+    logits = 2 * torch.randn(60, 11, generator=torch.Generator().manual_seed(3))
+    options = {
+        "repetition_penalty": torch.where(ids % 2 == 0, 1.7, 1.0),
+        "seen": torch.rand(60, 11, generator=torch.Generator().manual_seed(4)) < 0.4,
+        "stop_token_ids": torch.stack([ids % 11, torch.full_like(ids, -1)], dim=1),
+        "suppresses_stops": ids % 3 == 0}
+    settings = _settings(60, top_p=0.9, temperature=0.8)
+    settings["raw_logprobs"] = ids % 4 == 0
+    got = sample_tokens(logits, ids, ids, **settings, **options)
+    expected = sample_tokens_reference(logits, ids, ids, **settings, **options)
+    assert torch.equal(got.token_ids, expected.token_ids)
+    assert torch.equal(got.stopped, expected.stopped)
+    torch.testing.assert_close(got.logprobs, expected.logprobs, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(got.entropy, expected.entropy, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e30])
 def test_extreme_logits(scale: float) -> None:
     logits = scale * torch.tensor([[1.0, -1.0, 0.0], [-1.0, -1.0, -3.0], [NEVER, 0.0, NEVER]])
     logits = logits.nan_to_num(nan=0.0, neginf=NEVER, posinf=scale)
-    token_ids, logprobs, entropy = _draw(logits)
+    token_ids, logprobs, entropy, _ = _draw(logits)
     assert token_ids[0] == 0 and token_ids[1] in (0, 1) and token_ids[2] == 1
     torch.testing.assert_close(logprobs, torch.tensor([0.0, -math.log(2), 0.0]))
     torch.testing.assert_close(entropy, torch.tensor([0.0, math.log(2), 0.0]))
@@ -193,7 +242,7 @@ def test_extreme_logits(scale: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes(dtype: torch.dtype) -> None:
     logits = torch.randn(8, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
-    token_ids, logprobs, entropy = _draw(logits)
+    token_ids, logprobs, entropy, _ = _draw(logits)
     expected = _draw(logits.double())
     assert torch.equal(token_ids, expected[0])
     assert logprobs.dtype == entropy.dtype == torch.float32
@@ -206,7 +255,7 @@ def test_large_vocabularies(vocab_size: int) -> None:
     rows = torch.arange(6)
     for changes in ({}, {"top_k": 50, "top_p": 0.9}):
         settings = _settings(6, **changes)
-        token_ids, logprobs, _ = sample_tokens(logits, rows, rows, **settings)
+        token_ids, logprobs, _, _ = sample_tokens(logits, rows, rows, **settings)
         expected = sample_tokens_reference(logits, rows, rows, **settings)
         assert torch.equal(token_ids, expected[0])
         torch.testing.assert_close(logprobs, expected[1], rtol=1e-5, atol=1e-5)
@@ -227,6 +276,11 @@ def test_the_last_possible_token_is_reached_but_none_beyond() -> None:
         ({"positions": torch.zeros(2)}, "positions"),
         ({"top_p": torch.ones(1)}, "top_p"),
         ({"greedy": torch.zeros(2)}, "greedy"),
+        ({"top_k": torch.zeros(2)}, "top_k torch.int64"),
+        ({"repetition_penalty": torch.ones(2)}, "repetition_penalty and seen together"),
+        ({"repetition_penalty": torch.ones(2), "seen": torch.zeros(2, 3).bool()}, "seen"),
+        ({"stop_token_ids": torch.zeros(2, dtype=torch.int64)}, "stop_token_ids"),
+        ({"suppresses_stops": torch.zeros(2).bool()}, "expected stop_token_ids"),
     ],
 )
 def test_bad_input(change: dict[str, Tensor], message: str) -> None:
