@@ -120,7 +120,7 @@ __device__ __forceinline__ void load_moments(const Row& row, int64_t i, int64_t 
     }
 }
 
-// Encodes values that are 0 beyond `left`. The whole warp comes here.
+// Values are 0 beyond `left`. The whole warp comes here.
 __device__ __forceinline__ void store_codes(const Row& row, int64_t i, int64_t left,
                                             const float (&first)[ITEMS],
                                             const float (&roots)[ITEMS]) {
@@ -163,11 +163,10 @@ __global__ void __launch_bounds__(THREADS)
         for (int k = 0; k < ITEMS; ++k) {
             const AdamWElement element =
                 adamw_element(weights[k], gradients[k], first[k], second[k], factors);
-            const bool is_inside = k < left;
             weights[k] = element.weight;
-            first[k] = is_inside ? element.first : 0.0f;
+            first[k] = element.first;  // 0 beyond the end, where everything was loaded as 0
             second[k] = element.second;
-            roots[k] = is_inside ? element.root : 0.0f;
+            roots[k] = element.root;
         }
         store_weights<IS_BF16>(row, i, left, weights);
         if constexpr (IS_8BIT) {

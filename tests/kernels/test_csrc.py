@@ -244,6 +244,20 @@ def test_adamw_gives_the_bits_of_the_reference_for_1000_steps(
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_a_nan_of_a_gpu_stays_nan_in_bf16(arithmetic: ctypes.CDLL) -> None:
+    """0x7fffffff, which must not be rounded up to 0."""
+    weight, remainder = split_master(torch.ones(4))
+    scales = torch.tensor([0x7FFFFFFF, 0], dtype=torch.int32).view(torch.float32).split(1)
+    codes = torch.zeros(4, dtype=torch.int8)
+    factors, betas = torch.tensor([0.1, 1e-8, 1.0]), torch.tensor([0.9, 0.1, 0.95, 0.05])
+    gradient = torch.ones(4).bfloat16()
+    tensors = (weight, gradient, codes, codes.clone(), betas, factors, remainder, *scales)
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+    arithmetic.adamw_codes(*pointers[:4], ctypes.c_int64(4), pointers[4], ctypes.c_float(1.0),
+                           *pointers[5:])
+    assert weight.isnan().all()
+
+
 def test_the_chunk_of_a_table_is_that_of_the_kernels() -> None:
     header = (ROOT / "csrc/kernels.h").read_text()
     assert re.search(r"TENSOR_CHUNK = (\d+);", header)[1] == str(CHUNK)

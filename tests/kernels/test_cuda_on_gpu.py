@@ -18,7 +18,7 @@ from fastrl import ops
 from fastrl.errors import BackendUnavailableError
 from fastrl.ops.adamw import adamw_step_reference
 from fastrl.ops.gae import compute_gae_reference, moments_reference
-from fastrl.ops.grad_norm import grad_norm_reference
+from fastrl.ops.grad_norm import clip_coefficient, grad_norm_reference
 from fastrl.ops.kl import kl_estimate_reference
 from fastrl.ops.logprob import gather_logprobs_reference
 from fastrl.ops.rewards import shape_rewards_reference
@@ -281,6 +281,34 @@ def test_adamw_has_the_bits_of_the_reference_on_a_cpu(dtype: torch.dtype, is_8bi
     for name, tensors in state.items():
         for ours, reference in zip(tensors, on_cpu[name], strict=True):
             assert torch.equal(ours.cpu(), reference), name
+    for ours, reference in zip(scales, scales_on_cpu, strict=True):
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(ours, reference, strict=True))
+
+
+def test_adamw_can_be_captured_with_norm_and_step_count() -> None:
+    captured = [[torch.randn(shape) for shape in LIST_SHAPES] for _ in range(3)]
+    eager = [[x.clone() for x in column] for column in captured]
+    captured.append([torch.zeros(shape) for shape in LIST_SHAPES])
+    eager.append([torch.zeros(shape) for shape in LIST_SHAPES])
+    captured_step, eager_step = torch.tensor(0), torch.tensor(0)
+
+    def one(columns: list[list[Tensor]], step: Tensor) -> None:
+        step.add_(1)
+        norm = ops.grad_norm(columns[1], backend=BACKEND)
+        ops.adamw_step(*columns, step=step, learning_rate=1e-2, betas=(0.9, 0.95), epsilon=1e-8,
+                       scale=clip_coefficient(norm, 1.0), backend=BACKEND)
+
+    one(captured, captured_step)  # builds the tables
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one(captured, captured_step)
+    for _ in range(2):
+        graph.replay()
+    for _ in range(3):
+        one(eager, eager_step)
+    assert captured_step == 3
+    for ours, theirs in zip(captured, eager, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_a_float64_tensor_is_refused() -> None:

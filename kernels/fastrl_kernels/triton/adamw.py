@@ -48,7 +48,7 @@ def _pointer(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _encode(values, LEVELS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Codes (int32, without sign) and scales of the rows of `values`, which are 0 outside."""
+    """Codes (int32, without sign) and scales of the rows of `values`, 0 beyond a tensor's end."""
     magnitudes = tl.abs(values)
     is_bad = tl.max(tl.where(magnitudes < float("inf"), 0, 1), 1)  # a NaN compares False
     scales = tl.where(is_bad > 0, float("nan"), tl.max(magnitudes, 1))
@@ -123,10 +123,10 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
         else:
             tl.store(weight_ptr + i, w, mask=is_inside)
         if IS_8BIT:
-            codes, scales = _encode(tl.where(is_inside, m, 0.0), 127.0)
+            codes, scales = _encode(m, 127.0)
             tl.store(first_ptr + i, tl.where(m < 0, -codes, codes).to(tl.int8), mask=is_inside)
             tl.store(first_scale_ptr + blocks, scales, mask=is_block)
-            codes, scales = _encode(tl.where(is_inside, root, 0.0), 255.0)
+            codes, scales = _encode(root, 255.0)
             least = tl.where((root > 0) & (scales > 0)[:, None], 1, 0)
             tl.store(second_ptr + i, tl.maximum(codes, least).to(tl.uint8), mask=is_inside)
             tl.store(second_scale_ptr + blocks, scales, mask=is_block)
