@@ -19,6 +19,7 @@ from fastrl.ops.policy_loss import PolicyStats, policy_loss
 from fastrl.ops.ppo_loss import ppo_loss
 from fastrl.ops.ranking_loss import RankingStats, ranking_loss
 from fastrl.ops.rewards import shape_rewards
+from fastrl.ops.rotary import qk_norm_rotary, rotary
 from fastrl.ops.sampling import SampledTokens, sample_tokens
 from fastrl.ops.value_loss import ValueStats, value_loss
 from fastrl.ops.whiten import whiten
@@ -48,8 +49,10 @@ __all__ = [
     "paged_attention",
     "policy_loss",
     "ppo_loss",
+    "qk_norm_rotary",
     "ranking_loss",
     "rms_norm",
+    "rotary",
     "sample_tokens",
     "shape_rewards",
     "swiglu",

@@ -66,9 +66,13 @@ CALLS: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "packed_attention": lambda: (
         (floats(6, 4, D), floats(6, 2, D), floats(6, 2, D), torch.tensor([0, 3, 6])),
         {"max_seqlen": 3, "scale": 0.5}),
+    "rotary": lambda: ((floats(N, 3, D), floats(N, 1, D), floats(N, 1, 1), floats(N, 1, 1)), {}),
+    "qk_norm_rotary": lambda: (
+        (floats(N, 3, D), floats(N, 1, D), floats(D), floats(D), floats(N, 1, 2),
+         floats(N, 1, 2)), {"epsilon": 0.1}),
 }
 KEEP_THE_TYPE = {"rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "swiglu", "gelu",
-                 "packed_attention"}
+                 "packed_attention", "rotary", "qk_norm_rotary"}
 """Layers of a model, whose results have the type of the activations."""
 
 
