@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, Inputs, Op
-from fastrl import ops
-from fastrl.ops import rotary
+from fastrl.ops.rotary import (
+    qk_norm_rotary,
+    qk_norm_rotary_reference,
+    rotary,
+    rotary_reference,
+)
 
 
 def inputs(N: int, Hq: int, Hk: int, C: int, dtype: torch.dtype, has_norms: bool) -> Inputs:
@@ -32,14 +36,14 @@ def forward_and_backward(op: Op, query: Tensor, key: Tensor, cos: Tensor, sin: T
 
 # Queries and keys, read and written: twice forward; backward twice, and with norms once more.
 CASES = [
-    Case(op=getattr(ops, name), reference=getattr(rotary, f"{name}_reference"),
+    Case(op=op, reference=reference,
          inputs=partial(inputs, has_norms=len(gradients) > 2), run=forward_and_backward,
          gradients=gradients, cpu={"N": 4096, "Hq": 6, "Hk": 6, "C": 48},
          gpu={"N": 8192, "Hq": 32, "Hk": 8, "C": 128}, small={"N": 3, "Hq": 2, "Hk": 1, "C": 10},
          gpu_dtype=torch.bfloat16,
          bytes_moved=lambda N, Hq, Hk, C, dtype, passes=passes:
              passes * N * (Hq + Hk) * C * dtype.itemsize)
-    for name, gradients, passes in (
-        ("rotary", ("query", "key"), 4),
-        ("qk_norm_rotary", ("query", "key", "q_weight", "k_weight"), 5))
+    for op, reference, gradients, passes in (
+        (rotary, rotary_reference, ("query", "key"), 4),
+        (qk_norm_rotary, qk_norm_rotary_reference, ("query", "key", "q_weight", "k_weight"), 5))
 ]

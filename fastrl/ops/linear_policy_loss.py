@@ -27,6 +27,7 @@ from fastrl.checks import (
 from fastrl.ops.linear_logprob import (
     add_head_gradients,
     check_linear,
+    chunk_buffers,
     chunk_distribution,
     chunk_slices,
     linear_logprobs_reference,
@@ -110,13 +111,14 @@ def _loss_and_gradients(
     logprobs = torch.empty(num_tokens, dtype=dtype, device=weight.device)
     entropy = torch.empty_like(logprobs)
     gradients = new_gradients(tokens.hidden, weight, bias, dtype, needs)
-    for rows in chunk_slices(num_tokens, len(weight), dtype.itemsize, chunk_tokens):
+    chunks = chunk_slices(num_tokens, len(weight), dtype.itemsize, chunk_tokens)
+    buffers = chunk_buffers(chunks, wide_weight)
+    for rows in chunks:
         chunk = _Rows(*(values[rows] for values in tokens))
         logprobs[rows], entropy[rows] = _process_chunk(
             chunk, wide_weight, wide_bias, coefficients,
             Gradients(None if gradients.hidden is None else gradients.hidden[rows],
-                       gradients.weight, gradients.bias),
-        )
+                      gradients.weight, gradients.bias), buffers)
     losses, stats = token_losses(logprobs, tokens.old_logprobs, tokens.advantages,
                                  tokens.loss_mask, coefficients.clip_range, entropy)
     bonus = entropy.masked_fill(~tokens.loss_mask, 0.0).sum()
@@ -126,16 +128,13 @@ def _loss_and_gradients(
 
 def _process_chunk(
     chunk: _Rows, weight: Tensor, bias: Tensor | None, coefficients: _Coefficients,
-    gradients: Gradients,
+    gradients: Gradients, buffers: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropy [m] of a chunk; its gradients are added to `gradients`.
-
-    A function of its own, so that the chunk's logits are freed before the next ones are made.
-    """
+    """Log-probs and entropy [m] of a chunk; its gradients are added to `gradients`."""
     # A masked row is computed as if its hidden state were 0: what it holds, NaN too, is no matter.
     hidden = chunk.hidden.to(weight.dtype).masked_fill(~chunk.loss_mask[:, None], 0.0)
     distribution = chunk_distribution(hidden, weight, bias, chunk.token_ids,
-                                      coefficients.temperature)
+                                      coefficients.temperature, buffers)
     if any(gradient is not None for gradient in gradients):
         scale = 1 / (coefficients.denominator * coefficients.temperature)
         dlogprobs = scale * _logprobs_gradient(distribution.logprobs, chunk,
