@@ -67,8 +67,9 @@ def test_channels(C: int) -> None:
     Case([19, 2], C=C).assert_as_good_as_torch(scale=C**-0.5)
 
 
-# Itself alone; within a block; a block; beyond two; as long as the sequence.
-@pytest.mark.parametrize("window", [1, 5, 16, 37, 52])
+# Itself alone; within a block; a block; a block of keys whose last query begins a block; beyond two
+# blocks; as long as the sequence.
+@pytest.mark.parametrize("window", [1, 5, 16, 18, 37, 52])
 def test_window(window: int) -> None:
     Case([52, 5, 33], (1, 1)).assert_as_good_as_torch(window=window)
 

@@ -213,7 +213,8 @@ def test_every_path_on_a_gpu(
     for wide, torch_result, result in zip(truth, plain, ours, strict=True):
         assert result.dtype == dtype
         error, torch_error = ((x - wide).abs().max() for x in (result, torch_result))
-        assert error <= 2 * torch_error + torch.finfo(dtype).eps * wide.abs().max()
+        floor = max(torch.finfo(dtype).eps, 4e-6)  # gradients that cancel leave their rounding
+        assert error <= 2 * torch_error + floor * (1 + wide.abs().max())
 
 
 def test_groups_waste_at_most_a_quarter() -> None:

@@ -244,7 +244,7 @@ def _packed_attention_dkey_kernel(  # type: ignore[no-untyped-def]
         q_ptr = query_ptr + start * stride_query_n + head * stride_query_h
         do_ptr = dout_ptr + start * stride_dout_n + head * stride_dout_h
         numbers = head * num_tokens + start
-        for block in range(row // BLOCK_M * BLOCK_M, end, BLOCK_M):
+        for block in range(row, end, BLOCK_M):
             rows = block + tl.arange(0, BLOCK_M)
             q = load_rows(q_ptr, rows, length, stride_query_n, C, BLOCK_C, UPCAST)
             dout = load_rows(do_ptr, rows, length, stride_dout_n, C, BLOCK_C, UPCAST)
