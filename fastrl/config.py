@@ -96,9 +96,14 @@ class EngineConfig:
     `max_new_tokens`, so that none of these runs alone at the end. Never changes a response."""
     share_prefix: bool = True
     """Samples of one prompt share the pages of the prompt."""
+    sync_every: int | None = None
+    """Decode steps between two looks at which responses have ended; None: 8 on a GPU, which then
+    never waits for the host, or 1 on a CPU. With stop strings and in a stream always 1. Never
+    changes a response."""
 
     def __post_init__(self) -> None:
-        _positive(self, ("page_size", "num_pages", "max_batch_size", "max_prefill_tokens"))
+        _positive(self, ("page_size", "num_pages", "max_batch_size", "max_prefill_tokens",
+                         "sync_every"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

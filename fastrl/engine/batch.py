@@ -1,6 +1,6 @@
 """The decode batch: one row of every tensor per running sequence, and dummy rows after them.
 
-Shape letters: R rows (running sequences, then dummies), V vocabulary.
+Shape letters: R rows (running sequences, then dummies), K steps of a round, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,8 @@ from torch import Tensor
 class DecodeBatch:
     """State of the running sequences, on the model's device. Tensors change in place each step.
 
-    A dummy row has `alive` 0, no cached tokens, and writes to the last row of the results.
+    A row whose response has ended is dead: it neither writes nor reads the cache, and its numbers
+    stay as they are until it leaves. A dummy row is dead from the start.
     """
 
     size: int
@@ -23,7 +24,9 @@ class DecodeBatch:
     index: Tensor
     """[R] int64, row of the results."""
     alive: Tensor
-    """[R] int64, 1 for real rows."""
+    """[R] int64, 1 until the response ends."""
+    stopped: Tensor
+    """[R] int64, 1 once a stop token has ended it."""
     seeds: Tensor
     """[R] int64, keys of the random numbers."""
     token_ids: Tensor
@@ -47,7 +50,7 @@ class DecodeBatch:
 
     def select(self, rows: Sequence[int]) -> "DecodeBatch":
         """The real rows `rows`, in that order, without dummies."""
-        index = torch.tensor(rows, dtype=torch.int64, device=self.index.device)
+        index = upload(rows, self.index.device)
         return DecodeBatch(len(rows), **{
             name: tensor.index_select(0, index) for name, tensor in self.tensors().items()})
 
@@ -65,7 +68,37 @@ class DecodeBatch:
         return DecodeBatch(self.size, **padded)
 
 
+@dataclass(frozen=True, slots=True)
+class RecentTokens:
+    """What each row has drawn since the host last recorded results. Changes in place."""
+
+    token_ids: Tensor
+    """[R, K] int64; before a step, the token that is replayed in it, if any."""
+    logprobs: Tensor
+    """[R, K] float32."""
+    entropy: Tensor
+    """[R, K] float32."""
+    column: Tensor
+    """[1] int64, the column that the next step writes."""
+
+    @classmethod
+    def empty(cls, num_rows: int, num_steps: int, device: torch.device) -> "RecentTokens":
+        """Zeros for `num_steps` steps."""
+        token_ids = torch.zeros(num_rows, num_steps, dtype=torch.int64, device=device)
+        logprobs = torch.zeros_like(token_ids, dtype=torch.float32)
+        return cls(token_ids, logprobs, torch.zeros_like(logprobs),
+                   torch.zeros(1, dtype=torch.int64, device=device))
+
+
 def pad_rows(tensor: Tensor, num_rows: int) -> Tensor:
     """`tensor` with rows of zeros up to `num_rows`."""
     missing = num_rows - tensor.shape[0]
     return F.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, missing)) if missing else tensor
+
+
+def upload(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Integers of the host as int64; a GPU gets them in its own time, nobody waits."""
+    tensor = torch.tensor(values, dtype=torch.int64)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

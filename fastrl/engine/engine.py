@@ -25,7 +25,7 @@ from fastrl.types import Rollout
 PAGE_SIZE = 16
 """Tokens per page where sequences have many."""
 Progress = Callable[[int, int, int], None]
-"""Called after every step with (tokens drawn, responses finished, responses)."""
+"""Called after every round with (tokens drawn, responses finished, responses)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Engine:
             num_samples_per_prompt: Responses to each prompt.
             first_request_id: Number of the first response; two calls with one seed draw
                 independent tokens when their numbers do not overlap.
-            on_progress: Called after every step with (tokens, finished, total); may call `cancel`.
+            on_progress: Called after every round with (tokens, finished, total); may call `cancel`.
         Returns:
             A rollout on the model's device. Row `p * num_samples_per_prompt + j` is sample j of
             prompt p. Greedy log-probs are those of the distribution at `temperature`.
@@ -90,7 +90,8 @@ class Engine:
         """
         requests = self._requests(prompts, sampling, seed, num_samples_per_prompt,
                                   first_request_id)
-        generation = self._begin(requests)
+        generation = self._begin(
+            requests, one_at_a_time=any(request.text is not None for request in requests))
         try:
             with _evaluating(self.model):
                 while not generation.is_finished:
@@ -120,7 +121,7 @@ class Engine:
         return self._stream(requests[0])
 
     def _stream(self, request: Request) -> Iterator[StreamedToken]:
-        generation = self._begin([request])
+        generation = self._begin([request], one_at_a_time=True)
         try:
             while not generation.is_finished:
                 count = generation.num_tokens
@@ -155,10 +156,10 @@ class Engine:
         for generation in self._active:
             generation.forget()
 
-    def _begin(self, requests: Sequence[Request]) -> Generation:
+    def _begin(self, requests: Sequence[Request], one_at_a_time: bool) -> Generation:
         generation = Generation(
             self.model, self.config, self._take_cache(requests), requests,
-            tuple(self.model.spec.eos_token_ids), self._row_count)
+            tuple(self.model.spec.eos_token_ids), self._row_count, one_at_a_time)
         self._active.append(generation)
         return generation
 

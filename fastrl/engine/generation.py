@@ -1,38 +1,30 @@
 """One call of the engine: prompts are computed, tokens drawn, finished sequences leave.
 
-Shape letters: R rows of the decode batch, B responses, T longest response, N packed prompt tokens,
-D width, V vocabulary.
+Shape letters: R rows of the decode batch, K steps of a round, B responses, T longest response.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastrl.config import EngineConfig
-from fastrl.engine.batch import DecodeBatch, pad_rows
+from fastrl.engine.batch import DecodeBatch, RecentTokens, pad_rows, upload
 from fastrl.engine.cache import KVCache, pages_for
+from fastrl.engine.flags import Flags
 from fastrl.engine.prefill import compute_prompts
 from fastrl.engine.request import Request, SharedPrompt
 from fastrl.engine.scheduler import Admission, Scheduler, starting_order
 from fastrl.engine.settings import Settings
-from fastrl.models import CausalLM, PagedAttention
-from fastrl.ops.paged_attention import PagedPlan
+from fastrl.engine.step import DeviceStep
+from fastrl.models import CausalLM
 
 
-def project_logits(
-    hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
-    """[R, V] logits, computed in float32 at least, of hidden [R, D] under weight [V, D].
-
-    Args:
-        out: [at least R, V], memory for the result. A CPU that takes fresh memory for so large a
-            tensor in every step spends as long on that as on the product.
-    """
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    out = None if out is None else out[: len(hidden)]
-    logits = torch.mm(hidden.to(wide), weight.to(wide).t(), out=out)
-    return logits if bias is None else logits.add_(bias)
+STEPS_PER_ROUND = {"cpu": 1, "cuda": 8}
+"""Decode steps of a round where the config names no number."""
+ROUNDS_BEHIND = {"cpu": 0, "cuda": 1}
+"""Rounds that are queued before the flags of one are read: a GPU has the next while we look."""
 
 
 class Generation:
@@ -40,21 +32,22 @@ class Generation:
 
     Args:
         model: In eval mode, gradients off, whenever `step` is called.
-        config: Batch size and prefill budget.
+        config: Batch size, prefill budget, steps of a round.
         cache: Pages, all free; they are free again at the end.
         requests: `index` counts from 0.
         stop_token_ids: Tokens that end a response whose settings name none.
         row_count: Rows that a forward pass of n rows is padded to.
+        one_at_a_time: Every token is looked at before the next is drawn.
     """
 
     def __init__(
         self, model: CausalLM, config: EngineConfig, cache: KVCache, requests: Sequence[Request],
-        stop_token_ids: Sequence[int], row_count: Callable[[int], int],
+        stop_token_ids: Sequence[int], row_count: Callable[[int], int], one_at_a_time: bool,
     ) -> None:
         self.requests = requests
         self.scheduler = Scheduler(starting_order(requests, config.order), cache, config)
         self.num_tokens = 0
-        """Tokens drawn so far, all responses together."""
+        """Tokens drawn and seen by the host so far, all responses together."""
         self.num_finished = 0
         self.cache = cache
         self._model = model
@@ -64,17 +57,23 @@ class Generation:
         self._replay_until = 0
         self._max_pages = max(pages_for(r.max_cached_tokens, cache.page_size) for r in requests)
         longest = max(request.max_tokens for request in requests)
-        # One row more than there are responses: dummy rows of the batch write there.
+        # One row more than there are responses: what belongs nowhere is written there.
         self.token_ids = torch.zeros(len(requests) + 1, longest, dtype=torch.int64,
                                      device=self._device)
         self.logprobs = torch.zeros_like(self.token_ids, dtype=torch.float32)
         self.entropy = torch.zeros_like(self.logprobs)
         self.lengths = [0] * len(requests)
         """Tokens of each finished response."""
-        self._logits = torch.empty(0)
+        self._device_step = DeviceStep(model, cache)
         self._reads_text = any(request.text is not None for request in requests)
+        kind = self._device.type
+        self._steps_per_round = 1 if one_at_a_time else (
+            config.sync_every or STEPS_PER_ROUND.get(kind, STEPS_PER_ROUND["cuda"]))
+        self._rounds_behind = 0 if one_at_a_time else ROUNDS_BEHIND.get(kind, 0)
+        self._unread: deque[Flags] = deque()
         self._settings = Settings.of(requests, stop_token_ids, self._device)
         self._row_settings, self._settings_rows = self._settings, torch.empty(0)
+        self._recent = RecentTokens.empty(0, 0, self._device)
         self._batch = self._new_rows([])
 
     @property
@@ -83,24 +82,27 @@ class Generation:
         return self.num_finished == len(self.requests)
 
     def step(self) -> None:
-        """Start waiting requests, or else draw one token for each running one."""
+        """Start waiting requests, or else a round: a few tokens for each running one."""
         admission = self.scheduler.admit(self._step)
         if admission.started:
             self._start(admission)
         else:
             self._decode()
+        while len(self._unread) > self._rounds_behind:
+            self._read(self._unread.popleft())
 
     def cancel(self, requests: Iterable[Request]) -> None:
         """End requests that have not ended; what they have stays."""
+        self._read_all()
         ending = [request for request in requests if request.finish_reason is None]
         for request in ending:
-            count = self._step - request.started + 1 if request.row >= 0 else 0
-            self._end(request, max(count, request.num_recorded), "cancelled")
+            self._end(request, request.num_tokens, "cancelled")
         self.scheduler.finish(ending)
         self._compact()
 
     def forget(self) -> None:
         """Drop every cached page; sequences go on from the tokens that they have."""
+        self._read_all()
         self.scheduler.forget(self._step)
         self._batch = self._new_rows([])
 
@@ -113,13 +115,14 @@ class Generation:
         rows = self._new_rows(admission.started)
         rows = rows.pad(self._row_count(rows.size), len(self.requests))
         hidden = torch.stack([_last_hidden(request.prompt) for request in admission.started])
-        first_row = self._batch.size
         for request in admission.started:
             self._replay_until = max(self._replay_until, request.started + request.num_recorded)
-        ended, stopped = self._draw(pad_rows(hidden, rows.index.shape[0]), rows, first_row)
+        begun, replays = self._begin_round(rows, 1)
+        self._device_step.draw(pad_rows(hidden, len(rows.index)), rows, self._settings_of(rows),
+                               self._recent, replays=replays)
+        self._record(rows, begun, admission.started)
         joined = self._batch.join(rows)
         self._batch = joined.pad(self._row_count(joined.size), len(self.requests))
-        self._retire(ended, stopped, first_row)
 
     def _compute_prompts(
         self, prompts: Sequence[SharedPrompt], pages: Sequence[Sequence[int]]
@@ -146,6 +149,7 @@ class Generation:
         zeros = column([0] * len(requests))
         return DecodeBatch(
             size=len(requests), index=column(r.index for r in requests), alive=zeros + 1,
+            stopped=zeros.clone(),
             seeds=column(r.seed for r in requests), token_ids=zeros.clone(),
             kv_lens=column(len(r.prompt.token_ids) for r in requests),
             num_generated=zeros.clone(), max_tokens=column(r.max_tokens for r in requests),
@@ -154,27 +158,32 @@ class Generation:
         )
 
     def _decode(self) -> None:
-        """One pass over the newest token of every running sequence, and one token more."""
-        grown = self.scheduler.grow(self._step)
+        """A round: as many steps as it may have without the host, and their tokens recorded."""
+        running = self.scheduler.running
+        # Beyond the first number nobody is alive, beyond the second pages are missing.
+        num_steps = min(self._steps_per_round, max(
+            r.max_tokens + r.started - self._step - 1 for r in running))
+        num_steps = self.scheduler.steps_ahead(self._step, num_steps)
+        if num_steps < 1 and self._unread:
+            self._read_all()  # some may have ended, and nobody who has may be preempted
+            return
+        num_steps = max(num_steps, 1)
+        grown = self.scheduler.grow(self._step, num_steps)
         if grown:
-            rows, columns, pages = torch.tensor(grown, device=self._device).unbind(1)
+            rows, columns, pages = upload(grown, self._device).unbind(1)
             self._batch.page_table[rows, columns] = pages
         self._compact()
-        batch, page_size = self._batch, self.cache.page_size
-        positions = batch.kv_lens.clone()
-        page = batch.page_table.gather(1, (positions // page_size)[:, None]).squeeze(1)
-        slots = torch.where(batch.alive > 0, page * page_size + positions % page_size, -1)
-        batch.kv_lens.add_(batch.alive)
-        max_kv_len = self._step + 1 + max(
-            len(r.prompt.token_ids) - r.started for r in self.scheduler.running)
-        attention = PagedAttention(
-            self.cache.kv_pages, batch.page_table, slots,
-            torch.arange(len(slots) + 1, device=self._device), batch.kv_lens, 1, max_kv_len,
-            PagedPlan(slots_are_finite=True))
-        hidden = self._model(batch.token_ids, positions, attention)
-        self._step += 1
-        ended, stopped = self._draw(hidden, batch, 0)
-        self._retire(ended, stopped, 0)
+        batch = self._batch
+        max_kv_len = self._step + num_steps + max(
+            len(r.prompt.token_ids) - r.started for r in running)
+        max_kv_len = min(max_kv_len, self._max_pages * self.cache.page_size)
+        begun, replays = self._begin_round(batch, num_steps)
+        settings = self._settings_of(batch)
+        for _ in range(num_steps):
+            self._device_step.decode(batch, settings, self._recent, max_kv_len=max_kv_len,
+                                     replays=replays)
+        self._step += num_steps
+        self._record(batch, begun, running)
 
     def _compact(self) -> None:
         """Drop the rows of sequences that no longer run."""
@@ -184,79 +193,84 @@ class Generation:
             self._batch = batch.pad(self._row_count(batch.size), len(self.requests))
             self.scheduler.number_rows()
 
-    def _draw(
-        self, hidden: Tensor, batch: DecodeBatch, first_row: int
-    ) -> tuple[Tensor, Tensor]:
-        """Draw a token for every row of `batch`, record it, and say who has ended.
-
-        Args:
-            hidden: [R, D].
-            first_row: Place of the batch's first row among the running requests.
-        Returns:
-            ended, stopped: [R] bool each; stopped is True where a stop token or string was met.
-        """
-        num_rows = len(hidden)
-        if len(self._logits) < num_rows:
-            self._logits = torch.empty(
-                num_rows, self._model.spec.vocab_size, device=self._device,
-                dtype=torch.promote_types(hidden.dtype, torch.float32))
-        logits = self._model.lm_head(hidden, project_logits, out=self._logits)
+    def _settings_of(self, batch: DecodeBatch) -> Settings:
+        """Settings of the rows of `batch`."""
         if self._settings_rows is not batch.index:
             self._settings_rows = batch.index
             self._row_settings = self._settings.select(batch.index)
-        token_ids, logprobs, entropy, is_stop = self._row_settings.draw(
-            logits, batch.seeds, batch.kv_lens, batch.num_generated, batch.seen)
-        place = (batch.index, batch.num_generated)
-        is_replay = batch.num_generated < batch.num_recorded
-        if self._step < self._replay_until:
-            token_ids = torch.where(is_replay, self.token_ids[place], token_ids)
-            logprobs = torch.where(is_replay, self.logprobs[place], logprobs)
-            entropy = torch.where(is_replay, self.entropy[place], entropy)
-            self.num_tokens -= int(is_replay.sum())
-        self.num_tokens += batch.size
-        self.token_ids[place], self.logprobs[place], self.entropy[place] = (
-            token_ids, logprobs, entropy)
-        batch.token_ids.copy_(token_ids)
-        batch.num_generated.add_(batch.alive)
-        if batch.seen.shape[1]:
-            batch.seen.scatter_(1, token_ids[:, None], True)
-        stopped = is_stop & ~is_replay
-        self._read_text(token_ids, stopped, first_row, batch.size)
-        return (stopped | (batch.num_generated >= batch.max_tokens)) & (batch.alive > 0), stopped
+        return self._row_settings
 
-    def _read_text(
-        self, token_ids: Tensor, stopped: Tensor, first_row: int, num_rows: int
-    ) -> None:
-        """Give new tokens to the requests whose text is read; marks stop strings in `stopped`."""
-        if not self._reads_text:
-            return
-        requests = self.scheduler.running[first_row : first_row + num_rows]
-        for row, (request, token_id) in enumerate(
-                zip(requests, token_ids[:num_rows].tolist(), strict=True)):
-            count = self._step - request.started + 1
-            request.piece = ""
-            if request.text is not None and count > request.num_recorded:
-                request.piece = request.text.push(token_id)
-                if request.text.has_stopped and count >= request.sampling.min_new_tokens:
-                    stopped[row] = True
+    def _begin_round(self, batch: DecodeBatch, num_steps: int) -> tuple[Tensor, bool]:
+        """Make room for what `num_steps` steps draw.
 
-    def _retire(self, ended: Tensor, stopped: Tensor, first_row: int) -> None:
-        """Take finished sequences out of the batch."""
-        if not ended.any():
-            return
+        Returns:
+            num_generated [R] int64 as it is now; whether tokens may be replayed.
+        """
+        if self._recent.token_ids.shape != (len(batch.index), num_steps):
+            self._recent = RecentTokens.empty(len(batch.index), num_steps, self._device)
+        self._recent.column.zero_()
+        replays = self._step < self._replay_until
+        if replays:
+            columns = batch.num_generated[:, None] + torch.arange(num_steps, device=self._device)
+            columns = columns.clamp_max(self.token_ids.shape[1] - 1)
+            self._recent.token_ids.copy_(self.token_ids[batch.index[:, None], columns])
+        return batch.num_generated.clone(), replays
+
+    def _record(self, batch: DecodeBatch, begun: Tensor, requests: Sequence[Request]) -> None:
+        """Put what a round has drawn into the results, and its flags on their way to the host.
+
+        Args:
+            begun: [R] int64, tokens that each row had before the round.
+            requests: Those of the real rows.
+        """
+        recent = self._recent
+        columns = begun[:, None] + torch.arange(recent.token_ids.shape[1], device=self._device)
+        is_new = ((columns >= batch.num_recorded[:, None])
+                  & (columns < batch.num_generated[:, None]))
+        place = (torch.where(is_new, batch.index[:, None], len(self.requests)),
+                 torch.where(is_new, columns, 0))
+        self.token_ids[place] = recent.token_ids
+        self.logprobs[place] = recent.logprobs
+        self.entropy[place] = recent.entropy
+        self._unread.append(Flags(batch, requests))
+
+    def _read_all(self) -> None:
+        """Know all that the device has done."""
+        while self._unread:
+            self._read(self._unread.popleft())
+
+    def _read(self, flags: Flags) -> None:
+        """Count tokens, read text, and take finished sequences out of the batch."""
+        texts = iter(self._recent.token_ids[:, 0].tolist() if self._reads_text else ())
         ending = []
-        for row in ended.nonzero().squeeze(1).tolist():
-            request = self.scheduler.running[first_row + row]
-            self._end(request, self._step - request.started + 1,
-                      "stop" if stopped[row] else "length")
-            ending.append(request)
-        self.scheduler.finish(ending)
-        self._compact()
+        for request, is_alive, has_stopped, count in flags.read():
+            token_id = next(texts, None)
+            if request.finish_reason is not None:
+                continue  # known from an earlier look
+            self.num_tokens += max(0, count - request.num_tokens)
+            request.num_tokens = max(count, request.num_tokens)
+            if token_id is not None and _meets_stop_string(request, token_id, count):
+                is_alive, has_stopped = False, True
+            if not is_alive:
+                self._end(request, count, "stop" if has_stopped else "length")
+                ending.append(request)
+        if ending:
+            self.scheduler.finish(ending)
+            self._compact()
 
     def _end(self, request: Request, num_tokens: int, reason: str) -> None:
         request.finish_reason = reason
         self.lengths[request.index] = num_tokens
         self.num_finished += 1
+
+
+def _meets_stop_string(request: Request, token_id: int, count: int) -> bool:
+    """Give token number `count` to the text of a request that has one."""
+    request.piece = ""
+    if request.text is None or count <= request.num_recorded:
+        return False
+    request.piece = request.text.push(token_id)
+    return request.text.has_stopped and count >= request.sampling.min_new_tokens
 
 
 def _last_hidden(prompt: SharedPrompt) -> Tensor:

@@ -40,6 +40,8 @@ class Request:
     """Text that its newest token completed."""
     pages: list[int] = field(default_factory=list)
     """Pages of prompt and response, one reference each; empty while it waits."""
+    num_tokens: int = 0
+    """Response tokens that the host knows of."""
     num_recorded: int = 0
     """Response tokens known when it was last preempted; they are replayed, not drawn again."""
     started: int = -1

@@ -114,23 +114,39 @@ class Scheduler:
         self._boundaries[request.boundary][request] = None
         admission.started.append(request)
 
-    def grow(self, step: int) -> list[tuple[int, int, int]]:
-        """Give a page to each request that fills its last one at decode step `step`.
+    def _growing(self, step: int) -> list[Request]:
+        """Those that fill their last page at decode step `step`, unless they have ended by then."""
+        return [request for request in self._boundaries[step % self._cache.page_size]
+                if step - request.started + 1 < request.max_tokens]
 
-        Preempts the youngest while none is free; they leave `running` and wait at the front.
+    def steps_ahead(self, step: int, num_steps: int) -> int:
+        """Decode steps from `step` on, `num_steps` at most, that free pages last for."""
+        num_free = self._cache.num_free
+        for ahead in range(num_steps):
+            num_free -= len(self._growing(step + ahead))
+            if num_free < 0:
+                return ahead
+        return num_steps
+
+    def grow(self, step: int, num_steps: int = 1) -> list[tuple[int, int, int]]:
+        """Give pages to those that fill their last one in `num_steps` decode steps from `step` on.
+
+        Preempts the youngest while none is free; they leave `running` and wait at the front. Then
+        `num_steps` must be 1.
         Returns:
             (row of the decode batch, column of its page table, page).
         """
         grown = []
-        for request in list(self._boundaries[step % self._cache.page_size]):
-            while request.row >= 0 and not self._cache.num_free:
-                if not self._drop_prompts():
-                    assert len(self.running) > 1, "a single request must fit"
-                    self._preempt(self.running[-1], step)
-            if request.row >= 0:
-                request.pages += self._cache.allocate(1)
-                self._growth -= 1
-                grown.append((request.row, len(request.pages) - 1, request.pages[-1]))
+        for ahead in range(num_steps):
+            for request in self._growing(step + ahead):
+                while request.row >= 0 and not self._cache.num_free:
+                    if not self._drop_prompts():
+                        assert len(self.running) > 1, "a single request must fit"
+                        self._preempt(self.running[-1], step)
+                if request.row >= 0:
+                    request.pages += self._cache.allocate(1)
+                    self._growth -= 1
+                    grown.append((request.row, len(request.pages) - 1, request.pages[-1]))
         return grown
 
     def _preempt(self, request: Request, step: int) -> None:
