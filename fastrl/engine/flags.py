@@ -28,7 +28,7 @@ class Flags:
         if packed.is_cuda:
             self._copy = torch.empty_like(packed, device="cpu", pin_memory=True)
             self._copy.copy_(packed, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
     def read(self) -> Iterator[tuple[Request, bool, bool, int]]:

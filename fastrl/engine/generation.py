@@ -20,7 +20,6 @@ from fastrl.engine.settings import Settings
 from fastrl.engine.step import DeviceStep
 from fastrl.models import CausalLM
 
-
 STEPS_PER_ROUND = {"cpu": 1, "cuda": 8}
 """Decode steps of a round where the config names no number."""
 ROUNDS_BEHIND = {"cpu": 0, "cuda": 1}

@@ -38,7 +38,9 @@ class Scheduler:
 
     Nothing overtakes: those that run are always the first of those that have not ended, and the
     first of all is never preempted, so it gets a token at every decode step. Hence request k starts
-    at decode step sum over i < k of (max_tokens_i - 1) at the latest, however few pages there are.
+    at decode step sum over i < k of (max_tokens_i - 1 + late) at the latest, however few pages
+    there are; late are the steps until the end of a response is noticed (0 where every step is
+    looked at).
 
     Args:
         requests: In the order in which they start. Samples that share a prompt share the object.

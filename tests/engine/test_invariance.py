@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from fastrl.config import EngineConfig, SamplingConfig
 from fastrl.engine import Engine
 from fastrl.engine.generation import Generation
-from fastrl.engine.scheduler import Scheduler
 from fastrl.models import CausalLM, DecoderConfig, new_decoder
 from fastrl.types import Rollout
 
@@ -29,39 +28,7 @@ MODELS = {name: new_decoder(config, 0) for name, config in CONFIGS.items()}
 PROMPTS = [[3, 9, 4], [7], list(range(20, 43)), [5, 5, 5, 5], [8] * 16, [50, 2, 11, 44, 1],
            [1, 2], [40] * 31]
 SAMPLING = SamplingConfig(max_new_tokens=30, stop_token_ids=(0, 1, 2))
-
-
-@pytest.fixture(autouse=True)
-def pages_checked_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every step ends with all pages accounted for, and every call with all of them free."""
-    step, cancel = Generation.step, Generation.cancel
-
-    def checked_step(self: Generation) -> None:
-        step(self)
-        self.scheduler.check()
-
-    def checked_cancel(self: Generation, *arguments: Any) -> None:
-        cancel(self, *arguments)
-        self.scheduler.check()
-        if self.is_finished:
-            assert self.cache.num_free == self.cache.num_pages
-
-    monkeypatch.setattr(Generation, "step", checked_step)
-    monkeypatch.setattr(Generation, "cancel", checked_cancel)
-
-
-@pytest.fixture
-def preemptions(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Steps at which a request was preempted."""
-    steps: list[int] = []
-    preempt = Scheduler._preempt
-
-    def counted(self: Scheduler, request: Any, step: int) -> None:
-        steps.append(step)
-        preempt(self, request, step)
-
-    monkeypatch.setattr(Scheduler, "_preempt", counted)
-    return steps
+pytestmark = pytest.mark.usefixtures("pages_checked_after_every_step")
 
 
 @pytest.fixture
