@@ -20,9 +20,10 @@ from fastrl.engine.step import DeviceStep
 from fastrl.models import DecoderConfig, new_decoder
 from fastrl.types import Rollout
 
-MODEL = new_decoder(DecoderConfig(
+CONFIG = DecoderConfig(
     family="llama", vocab_size=53, hidden_size=20, intermediate_size=37, num_layers=2, num_heads=4,
-    num_kv_heads=2, head_dim=5, rotary_dim=4, max_positions=128, initializer_range=0.3), 0)
+    num_kv_heads=2, head_dim=5, rotary_dim=4, max_positions=128, initializer_range=0.3)
+MODEL = new_decoder(CONFIG, 0)
 PROMPTS = [[3, 9, 4], [7], list(range(20, 43)), [5, 5, 5, 5], [8] * 16, [50, 2, 11, 44, 1]]
 SAMPLING = SamplingConfig(max_new_tokens=30, stop_token_ids=(0, 1, 2))
 pytestmark = pytest.mark.usefixtures("pages_checked_after_every_step")
@@ -146,6 +147,35 @@ def test_new_weights_between_rounds_change_nothing_when_they_are_the_same(behind
     _assert_same_bits(whole, again)
 
 
+@pytest.mark.parametrize("behind", [0, 1])
+def test_tokens_drawn_before_new_weights_stay(behind: int) -> None:
+    """And those after it are what the new weights would add to them."""
+    old, new = new_decoder(CONFIG, 0), new_decoder(CONFIG, 1)
+    sampling = SamplingConfig(max_new_tokens=20, greedy=True, stop_token_ids=tuple(range(6)))
+    whole = Engine(old).generate(PROMPTS, sampling)
+    known: list[int] = []
+    with _rounds_behind(behind):
+        engine = Engine(old, EngineConfig(page_size=4, sync_every=3))
+
+        def change(num_tokens: int, num_finished: int, total: int) -> None:
+            if not known and num_tokens > 40:
+                old.load_state_dict(new.state_dict())
+                engine.weights_changed()
+                known.extend(request.num_tokens for request in engine._active[0].requests)
+
+        mixed = engine.generate(PROMPTS, sampling, on_progress=change)
+    assert sum(known) > 40 and max(known) < 20
+    for row, count in enumerate(known):
+        begun, response = whole.response(row)[:count], mixed.response(row)
+        assert response[:count] == begun
+        if begun[-1] < 6:
+            assert response == begun
+            continue
+        rest = Engine(new).generate([PROMPTS[row] + begun], SamplingConfig(
+            max_new_tokens=20 - count, greedy=True, stop_token_ids=tuple(range(6))))
+        assert response[count:] == rest.response(0)
+
+
 class Letters:
     """Token id -> a letter."""
 
@@ -206,6 +236,16 @@ def test_dead_rows_write_nothing() -> None:
     # The prompt and all but the last token, in pages that are handed out from the first on.
     written = engine._idle_cache.kv_pages.transpose(1, 3).flatten(0, 1).ne(0).flatten(1).any(1)
     assert written.sum() == len(PROMPTS[0]) + stop and written[: len(PROMPTS[0]) + stop].all()
+
+
+def test_a_dead_row_may_have_filled_its_last_page() -> None:
+    # 25 tokens fill the page table while the other prompt goes on in the same round.
+    sampling = [SamplingConfig(max_new_tokens=n, stop_token_ids=()) for n in (3, 20)]
+    rollout, plain = (
+        Engine(MODEL, EngineConfig(page_size=1, sync_every=n)).generate(PROMPTS[2:0:-1], sampling)
+        for n in (16, 1))
+    assert rollout.response_lens.tolist() == [3, 20]
+    _assert_same_bits(rollout, plain)
 
 
 class HostReads(TorchDispatchMode):
