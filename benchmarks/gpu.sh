@@ -62,10 +62,13 @@ part_kernels() {
         if ! command -v compute-sanitizer >/dev/null; then
             skip memcheck "no compute-sanitizer"
         else  # without torch's own pools, so that each tensor has an end
+            local files=(kernels/fastrl_kernels/cuda/[a-z]*.py) ops=(norm)
+            local file
+            for file in "${files[@]}"; do ops+=("$(basename "$file" .py)"); done
             step memcheck 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
                 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m benchmarks \
-                kernels --device cuda --small --check_only --providers triton cuda \
-                --topic memcheck --out "$OUT"
+                kernels --device cuda --small --check_only --providers cuda triton \
+                --ops "${ops[@]}" --topic memcheck --out "$OUT"
         fi
     fi
     local small=()

@@ -55,6 +55,27 @@ exit 3
     assert done.stdout.splitlines()[-1].endswith("FAILED with 3")
 
 
+def test_the_steps_on_a_gpu(tmp_path: Path) -> None:
+    """Every program is replaced by one that notes its command; the machine claims a GPU."""
+    log = tmp_path / "commands"
+    for name in ("python", "compute-sanitizer", "nvcc"):
+        (tmp_path / name).write_text(f"""#!/usr/bin/env bash
+[ "$2" = benchmarks.machine ] && printf 'A GPU\\ncuda 9.0a\\n' && exit
+[ "$1" = -c ] || echo "$TORCH_CUDA_ARCH_LIST {name} $*" >> {log}
+""")
+        (tmp_path / name).chmod(0o755)
+    done = script("kernels", OUT=str(tmp_path / "out"), PYTHON=str(tmp_path / "python"),
+                  PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert done.returncode == 0 and done.stdout.startswith("A GPU\n"), done.stdout + done.stderr
+    assert "skipped" not in done.stdout and done.stdout.count("passed") == 4
+    build, tests, memcheck, benchmarks = log.read_text().splitlines()
+    assert build.startswith("9.0a python setup.py -q build_ext --build-lib build/gpu/lib")
+    assert "-m pytest -m gpu -q -n 8" in tests and tests.endswith("tests/kernels tests/ops")
+    assert " compute-sanitizer --tool memcheck" in memcheck and "--check_only" in memcheck
+    assert "--ops norm adamw gae grad_norm kl logprob " in memcheck
+    assert "kernels --device cuda --budget 110 --out" in benchmarks and "small" not in benchmarks
+
+
 def test_the_tests_that_need_a_gpu_run_without_the_plugins(tmp_path: Path) -> None:
     """A bare machine has pytest and none of the plugins that pyproject.toml's settings know."""
     done = subprocess.run(
