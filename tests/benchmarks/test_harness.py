@@ -347,7 +347,8 @@ def test_triton_kernels_pass_the_comparison_in_the_interpreter(tmp_path: Path) -
     files = {declared.file for declared in load_cases()} - SLOW_TO_INTERPRET
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "benchmarks", "kernels", "--device", "cpu",
-         "--small", "--check_only", "--providers", "triton", "--ops", *files, "--out", str(tmp_path)],
+         "--small", "--check_only", "--providers", "triton", "--ops", *files,
+         "--out", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "TRITON_INTERPRET": "1",
              "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))})
