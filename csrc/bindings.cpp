@@ -106,16 +106,20 @@ void run_shape_rewards(const Tensor scores, const Tensor logprobs, const Tensor 
         on_stream(logprobs, stream)));
 }
 
+FloatType float_type(const char* op, const char* name, const Tensor& tensor) {
+    const ScalarType dtype = tensor.scalar_type();
+    require(dtype == ScalarType::Float || dtype == ScalarType::Half ||
+                dtype == ScalarType::BFloat16, op, name, "float32, float16 or bfloat16");
+    return dtype == ScalarType::Float  ? FloatType::float32
+           : dtype == ScalarType::Half ? FloatType::float16
+                                       : FloatType::bfloat16;
+}
+
 LogitRows rows_of(const char* op, const Tensor& logits) {
     require(logits.dim() == 2, op, "logits", "[M, V]");
-    const ScalarType dtype = logits.scalar_type();
-    require(dtype == ScalarType::Float || dtype == ScalarType::Half ||
-                dtype == ScalarType::BFloat16, op, "logits", "float32, float16 or bfloat16");
+    const FloatType type = float_type(op, "logits", logits);
     require(logits.size(0) < (int64_t{1} << 31), op, "M", "below 2^31");
     require(logits.size(1) > 0 && logits.size(1) < (int64_t{1} << 30), op, "V", "from 1 to 2^30");
-    const FloatType type = dtype == ScalarType::Float  ? FloatType::float32
-                           : dtype == ScalarType::Half ? FloatType::float16
-                                                       : FloatType::bfloat16;
     return {logit_rows(op, "logits", logits, logits), type, logits.size(0),
             static_cast<int>(logits.size(1)), logits.stride(0)};
 }
@@ -257,6 +261,86 @@ void run_sample_tokens(const Tensor logits, const Tensor seeds, const Tensor pos
     finish(op, sample_tokens(arguments, on_stream(logits, stream)));
 }
 
+// Heads [N, num_heads, C] of the pages' type, or cos and sin as [N, 1, R/2].
+Heads heads_of(const char* op, const char* name, const Tensor& tensor, int64_t num_tokens,
+               int64_t num_channels, const Tensor& kv_pages) {
+    require(tensor.is_cuda() && tensor.get_device_index() == kv_pages.get_device_index(), op, name,
+            "on the GPU of the pages; move it with .to(device)");
+    require(tensor.scalar_type() == kv_pages.scalar_type(), op, name, "of the dtype of the pages");
+    require(tensor.dim() == 3 && tensor.size(0) == num_tokens && tensor.size(2) == num_channels,
+            op, name, "[N, heads, channels], as the keys and the pages");
+    require(num_channels <= 1 || tensor.stride(2) == 1, op, name,
+            "with neighbouring channels side by side; call .contiguous()");
+    return {tensor.data_ptr(), static_cast<int>(tensor.size(1)), tensor.stride(0),
+            tensor.stride(1)};
+}
+
+void run_write_kv(const std::optional<Tensor> query, const Tensor key, const Tensor value,
+                  const std::optional<Tensor> q_weight, const std::optional<Tensor> k_weight,
+                  const std::optional<Tensor> cos, const std::optional<Tensor> sin,
+                  double epsilon, const Tensor kv_pages, int64_t layer, const Tensor slots,
+                  const std::optional<Tensor> query_out, int64_t stream) {
+    const char* op = "write_kv";
+    require(kv_pages.is_cuda() && kv_pages.dim() == 6 && kv_pages.size(2) == 2 &&
+                kv_pages.is_contiguous(), op, "kv_pages",
+            "[num_pages, L, 2, page_size, Hk, C], contiguous");
+    require(query.has_value() == query_out.has_value() && q_weight.has_value() ==
+                k_weight.has_value() && cos.has_value() == sin.has_value(), op,
+            "query and query_out, q_weight and k_weight, cos and sin", "in pairs");
+    require(layer >= 0 && layer < kv_pages.size(1), op, "layer", "below L");
+    const int64_t num_tokens = key.size(0), num_channels = kv_pages.size(5);
+    const int64_t half = cos.has_value() ? cos->size(2) : 0;
+    require(2 * half <= num_channels, op, "cos", "[N, 1, R/2] with R at most C");
+    const auto dtype = kv_pages.scalar_type();
+    const Heads keys = heads_of(op, "key", key, num_tokens, num_channels, kv_pages);
+    const Heads values = heads_of(op, "value", value, num_tokens, num_channels, kv_pages);
+    require(keys.num_heads == kv_pages.size(4) && values.num_heads == keys.num_heads, op,
+            "key and value", "with the heads of the pages");
+    WriteKVArguments arguments{};
+    if (query.has_value()) {
+        arguments.query = heads_of(op, "query", *query, num_tokens, num_channels, kv_pages);
+        arguments.query_out = data(op, "query_out", *query_out, dtype, query->numel(), kv_pages);
+    }
+    if (cos.has_value()) {
+        const Heads cosines = heads_of(op, "cos", *cos, num_tokens, half, kv_pages);
+        const Heads sines = heads_of(op, "sin", *sin, num_tokens, half, kv_pages);
+        arguments.cos = cosines.data, arguments.cos_stride = cosines.token_stride;
+        arguments.sin = sines.data, arguments.sin_stride = sines.token_stride;
+    }
+    require(num_tokens * (int64_t{arguments.query.num_heads} + 2 * keys.num_heads) <
+                (int64_t{1} << 31), op, "heads of all tokens", "below 2^31");
+    arguments.key = keys, arguments.value = values;
+    arguments.q_weight = data(op, "q_weight", q_weight, dtype, num_channels, kv_pages);
+    arguments.k_weight = data(op, "k_weight", k_weight, dtype, num_channels, kv_pages);
+    arguments.slots = static_cast<const int64_t*>(
+        data(op, "slot_mapping", slots, ScalarType::Long, num_tokens, kv_pages));
+    arguments.kv_pages = kv_pages.data_ptr();
+    arguments.type = float_type(op, "kv_pages", kv_pages);
+    arguments.num_tokens = num_tokens, arguments.layer = layer;
+    arguments.num_layers = kv_pages.size(1), arguments.page_size = kv_pages.size(3);
+    arguments.num_channels = static_cast<int>(num_channels);
+    arguments.half = static_cast<int>(half), arguments.epsilon = static_cast<float>(epsilon);
+    const DeviceGuard guard(kv_pages.get_device_index());
+    finish(op, write_kv(arguments, on_stream(kv_pages, stream)));
+}
+
+void run_copy_pages(const Tensor kv_pages, const Tensor sources, const Tensor targets,
+                    int64_t stream) {
+    const char* op = "copy_pages";
+    require(kv_pages.is_cuda() && kv_pages.dim() == 6 && kv_pages.is_contiguous(), op, "kv_pages",
+            "[num_pages, L, 2, page_size, Hk, C], contiguous");
+    const int64_t count = sources.numel();
+    const int64_t item = float_type(op, "kv_pages", kv_pages) == FloatType::float32 ? 4 : 2;
+    const DeviceGuard guard(kv_pages.get_device_index());
+    finish(op, copy_pages(
+        kv_pages.data_ptr(), kv_pages.size(0) == 0 ? 0 : kv_pages.stride(0) * item,
+        static_cast<const int64_t*>(
+            data(op, "sources", sources, ScalarType::Long, count, kv_pages)),
+        static_cast<const int64_t*>(
+            data(op, "targets", targets, ScalarType::Long, count, kv_pages)),
+        count, on_stream(kv_pages, stream)));
+}
+
 }  // namespace
 }  // namespace fastrl
 
@@ -287,6 +371,10 @@ STABLE_TORCH_LIBRARY(fastrl_cuda, m) {
           "Tensor? repetition_penalty, Tensor? seen, Tensor? stop_token_ids, "
           "Tensor? suppresses_stops, Tensor(a!) token_ids, Tensor(b!) logprobs, "
           "Tensor(c!) entropy, Tensor(d!) stopped, int stream) -> ()");
+    m.def("write_kv(Tensor? query, Tensor key, Tensor value, Tensor? q_weight, Tensor? k_weight, "
+          "Tensor? cos, Tensor? sin, float epsilon, Tensor(a!) kv_pages, int layer, "
+          "Tensor slot_mapping, Tensor(b!)? query_out, int stream) -> ()");
+    m.def("copy_pages(Tensor(a!) kv_pages, Tensor sources, Tensor targets, int stream) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrl_cuda, CUDA, m) {
@@ -300,6 +388,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastrl_cuda, CUDA, m) {
     m.impl("grad_norm_parts", TORCH_BOX(&fastrl::run_grad_norm_parts));
     m.impl("grad_norm_merge", TORCH_BOX(&fastrl::run_grad_norm_merge));
     m.impl("sample_tokens", TORCH_BOX(&fastrl::run_sample_tokens));
+    m.impl("write_kv", TORCH_BOX(&fastrl::run_write_kv));
+    m.impl("copy_pages", TORCH_BOX(&fastrl::run_copy_pages));
 }
 
 // `import fastrl_kernels._C` loads the library, whose static objects register the ops.

@@ -98,4 +98,44 @@ const char* gather_logprobs_gradient(const LogitRows& logits, const int64_t* tok
 
 const char* sample_tokens(const SampleArguments& arguments, Launch launch);
 
+// [num_tokens, num_heads, num_channels]; the channels of a head are neighbours in memory.
+struct Heads {
+    const void* data;
+    int num_heads;
+    int64_t token_stride;
+    int64_t head_stride;
+};
+
+// Null where there is none: both weights, [num_channels]; both of cos and sin, [num_tokens, half],
+// with half 0. Without queries query.num_heads is 0. kv_pages [num_pages, num_layers, 2, page_size,
+// key.num_heads, num_channels], query_out contiguous; all of one type.
+struct WriteKVArguments {
+    Heads query;
+    Heads key;
+    Heads value;
+    const void* q_weight;
+    const void* k_weight;
+    const void* cos;
+    const void* sin;
+    int64_t cos_stride;
+    int64_t sin_stride;
+    const int64_t* slots;
+    void* query_out;
+    void* kv_pages;
+    FloatType type;
+    int64_t num_tokens;
+    int64_t layer;
+    int64_t num_layers;
+    int64_t page_size;
+    int num_channels;
+    int half;
+    float epsilon;
+};
+
+const char* write_kv(const WriteKVArguments& arguments, Launch launch);
+
+// sources and targets [count]: pages of page_bytes, no target twice and none a source.
+const char* copy_pages(void* kv_pages, int64_t page_bytes, const int64_t* sources,
+                       const int64_t* targets, int64_t count, Launch launch);
+
 }  // namespace fastrl

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrl.models.spec import ModelSpec
+from fastrl.ops import copy_pages
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:
@@ -73,11 +74,8 @@ class KVCache:
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole pages, all layers at once."""
         if sources:
-            device = self.kv_pages.device
-            self.kv_pages.index_copy_(
-                0, torch.tensor(targets, device=device),
-                self.kv_pages.index_select(0, torch.tensor(sources, device=device)),
-            )
+            pairs = torch.tensor([sources, targets], device=self.kv_pages.device)
+            copy_pages(self.kv_pages, pairs[0], pairs[1])
 
     def check(self, holders: Sequence[Sequence[int]]) -> None:
         """Assert that references are exactly those of `holders` and that no page is lost.

@@ -5,7 +5,7 @@ from fastrl.ops.adamw import adamw_step
 from fastrl.ops.gae import compute_gae
 from fastrl.ops.grad_norm import grad_norm
 from fastrl.ops.kl import kl_estimate
-from fastrl.ops.kv_cache import write_kv
+from fastrl.ops.kv_cache import copy_pages, rotary_write_kv, write_kv
 from fastrl.ops.linear_cross_entropy import linear_cross_entropy
 from fastrl.ops.linear_kl import linear_kl
 from fastrl.ops.linear_logprob import linear_logprobs
@@ -34,6 +34,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "compute_gae",
+    "copy_pages",
     "gather_logprobs",
     "gelu",
     "grad_norm",
@@ -53,6 +54,7 @@ __all__ = [
     "ranking_loss",
     "rms_norm",
     "rotary",
+    "rotary_write_kv",
     "sample_tokens",
     "shape_rewards",
     "swiglu",

@@ -7,6 +7,7 @@
 #include "adamw.h"
 #include "gae.h"
 #include "kl.h"
+#include "kv_cache.h"
 #include "logprob.h"
 #include "moments.h"
 #include "sampling.h"
@@ -198,6 +199,28 @@ int64_t sample_row(const float* z, int64_t length, int64_t seed, int64_t positio
     uint64_t target = draw_target(random_word(seed, position), total);
     const int token = first_past(masses.data(), static_cast<int>(length), target);
     return token == length ? length - 1 : token;
+}
+
+// One head as a kernel writes it: `lanes` add up every `lanes`-th square, meet at halving distances,
+// then the first 2 half channels turn. weight may be null.
+void turn_head(const float* x, const float* weight, const float* cos, const float* sin,
+               int64_t num_channels, int64_t half, int64_t lanes, float epsilon, float* out) {
+    std::vector<float> sums(lanes, 0.0f);
+    for (int64_t c = 0; c < num_channels; ++c) sums[c % lanes] += x[c] * x[c];
+    for (int64_t distance = lanes / 2; distance > 0; distance /= 2)
+        for (int64_t lane = 0; lane < distance; ++lane) sums[lane] += sums[lane + distance];
+    const float rstd = inverse_rms(sums[0], static_cast<int>(num_channels), epsilon);
+    for (int64_t c = 0; c < num_channels; ++c)
+        out[c] = weight == nullptr ? x[c] : x[c] * rstd * weight[c];
+    for (int64_t c = 0; c < half; ++c) {
+        const Pair turned = turn_pair({out[c], out[half + c]}, cos[c], sin[c]);
+        out[c] = turned.first, out[half + c] = turned.second;
+    }
+}
+
+int64_t kv_row_of(int64_t slot, int64_t layer, int64_t side, int64_t num_layers,
+                  int64_t page_size) {
+    return kv_row(slot, layer, static_cast<int>(side), num_layers, page_size);
 }
 
 }  // extern "C"

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastrl_kernels.cuda import adamw, gae, grad_norm, kl, logprob, rewards, sampling
+from fastrl_kernels.cuda import adamw, gae, grad_norm, kl, kv_cache, logprob, rewards, sampling
 from fastrl_kernels.multi_tensor import CHUNK, adamw_factors
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,14 +22,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastrl.ops.adamw import adamw_step_reference
 from fastrl.ops.gae import compute_gae_reference
 from fastrl.ops.kl import kl_estimate_reference
+from fastrl.ops.kv_cache import rotary_write_kv_reference, write_kv_reference
 from fastrl.ops.logprob import gather_logprobs_reference
+from fastrl.ops.rotary import qk_norm_rotary_reference, rotary_reference
 from fastrl.ops.sampling import sample_tokens_reference, uniforms
 from fastrl.ops.whiten import row_moments
 from fastrl.state_formats import split_master
 
 ROOT = Path(__file__).resolve().parents[2]
-OPS = {"adamw", "gae", "gather_logprobs", "gather_logprobs_gradient", "grad_norm_merge",
-       "grad_norm_parts", "kl_estimate", "kl_gradient", "sample_tokens", "shape_rewards"}
+OPS = {"adamw", "copy_pages", "gae", "gather_logprobs", "gather_logprobs_gradient",
+       "grad_norm_merge", "grad_norm_parts", "kl_estimate", "kl_gradient", "sample_tokens",
+       "shape_rewards", "write_kv"}
 
 
 @pytest.fixture(scope="module")
@@ -371,6 +374,85 @@ def test_the_caller_of_sample_tokens_hands_over_what_the_schema_says(
         torch.testing.assert_close(got, value)
 
 
+@pytest.mark.parametrize("has_norm", [True, False])
+@pytest.mark.parametrize("C, R, lanes", [(2, 2, 1), (128, 128, 8), (80, 20, 16), (7, 4, 2),
+                                         (64, 0, 8)])
+def test_a_turned_head_equals_the_reference(arithmetic: ctypes.CDLL, C: int, R: int, lanes: int,
+                                            has_norm: bool) -> None:
+    x, weight, out = torch.randn(C), torch.randn(C), torch.full((C,), torch.nan)
+    angles = 6 * torch.rand(R // 2)
+    cos, sin = angles.cos(), angles.sin()
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, weight, cos, sin, out)]
+    arithmetic.turn_head(pointers[0], pointers[1] if has_norm else None, *pointers[2:4],
+                         ctypes.c_int64(C), ctypes.c_int64(R // 2), ctypes.c_int64(lanes),
+                         ctypes.c_float(1e-3), pointers[4])
+    heads = x[None, None].double()
+    wide = [t.double()[None, None] for t in (cos, sin)]
+    if has_norm:
+        exact = qk_norm_rotary_reference(heads, heads, weight.double(), weight.double(), *wide,
+                                         epsilon=1e-3)[0]
+    else:
+        exact = rotary_reference(heads, heads, *wide)[0]
+    torch.testing.assert_close(out.double(), exact[0, 0], rtol=1e-6, atol=1e-6)
+
+
+def test_a_quarter_turn(arithmetic: ctypes.CDLL) -> None:
+    x, out = torch.tensor([1.0, 0.0, 0.0, 2.0, 9.0]), torch.zeros(5)
+    zeros, ones = torch.zeros(2), torch.ones(2)
+    arithmetic.turn_head(*(ctypes.c_void_p(t) for t in (x.data_ptr(), None, zeros.data_ptr(),
+                                                        ones.data_ptr())),
+                         ctypes.c_int64(5), ctypes.c_int64(2), ctypes.c_int64(4),
+                         ctypes.c_float(0), ctypes.c_void_p(out.data_ptr()))
+    assert out.tolist() == [0.0, -2.0, 1.0, 0.0, 9.0]
+
+
+def test_rows_of_slots_are_those_of_the_layout(arithmetic: ctypes.CDLL) -> None:
+    """Every row once; and the last one of 2^33 slots, which int32 could not hold."""
+    function = arithmetic.kv_row_of
+    function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_int64] * 5
+    rows = torch.arange(5 * 3 * 2 * 4).view(5, 3, 2, 4)
+    for slot in range(20):
+        for layer in range(3):
+            for side in range(2):
+                row = function(slot, layer, side, 3, 4)
+                assert row == rows[slot // 4, layer, side, slot % 4]
+    assert function(2**33 - 1, 35, 1, 36, 16) == 2**29 * 36 * 2 * 16 - 1
+
+
+@pytest.mark.parametrize("kind", ["both", "rotary", "norms", "neither"])
+def test_the_caller_of_write_kv_hands_over_what_the_schema_says(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """With torch in place of the compiled op."""
+
+    def write(query: Tensor | None, key: Tensor, value: Tensor, q_weight: Tensor | None,
+              k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, epsilon: float,
+              kv_pages: Tensor, layer: int, slots: Tensor, query_out: Tensor | None, stream: int
+              ) -> None:
+        if query is None:
+            write_kv_reference(key, value, kv_pages, layer, slots)
+            return
+        query_out.copy_(rotary_write_kv_reference(
+            torch.cat([query, key, value], dim=1), kv_pages, layer, slots, cos=cos, sin=sin,
+            q_weight=q_weight, k_weight=k_weight, epsilon=epsilon))
+
+    ops = SimpleNamespace(write_kv=write)
+    monkeypatch.setattr(kv_cache, "compiled_ops", lambda: ops)
+    monkeypatch.setattr(kv_cache, "stream_of", lambda tensor: 0)
+    angles = torch.rand(3, 1, 2) if kind in ("both", "rotary") else None
+    weights = torch.randn(2, 6) if kind in ("both", "norms") else (None, None)
+    options = (None, None) if angles is None else (angles.cos(), angles.sin())
+    heads, slots = torch.randn(3, 6, 8), torch.tensor([5, -1, 2])
+    for given in (heads, heads.transpose(1, 2).contiguous().transpose(1, 2)):
+        given = given[..., :6]
+        pages, expected = torch.zeros(2, 2, 2, 4, 2, 6), torch.zeros(2, 2, 2, 4, 2, 6)
+        query = kv_cache.rotary_write_kv(given, pages, 1, slots, *options, *weights, 0.1)
+        exact = rotary_write_kv_reference(
+            given, expected, 1, slots, cos=options[0], sin=options[1], q_weight=weights[0],
+            k_weight=weights[1], epsilon=0.1)
+        assert torch.equal(query, exact) and torch.equal(pages, expected)
+
+
 def test_the_cuda_callers_say_what_they_refuse() -> None:
     assert adamw.supports("cpu", torch.float32) == "the tensors are on cpu"
     assert adamw.supports("cuda", torch.bfloat16) is None
@@ -381,6 +463,9 @@ def test_the_cuda_callers_say_what_they_refuse() -> None:
     assert "float64" in str(gae.supports("cuda", torch.float64))
     assert gae.supports("cuda", torch.bfloat16) is None
     assert kl.supports is rewards.supports is logprob.supports is gae.supports
+    assert kv_cache.supports("cpu", torch.float32) == "the tensors are on cpu"
+    assert "float64" in str(kv_cache.supports("cuda", torch.float64))
+    assert kv_cache.supports("cuda", torch.float16) is None
 
 
 def test_a_compiled_graph_knows_the_shapes() -> None:
@@ -397,8 +482,14 @@ def test_a_compiled_graph_knows_the_shapes() -> None:
         dlogits = torch.ops.fastrl_cuda.token_logprobs_backward(
             logits, offsets, *per_row[1:], per_row[0], None, 1.0)
         norm = torch.ops.fastrl_cuda.grad_norm([rewards, values])
+        pages, heads = torch.empty(2, 1, 2, 4, 2, 6), torch.empty(3, 9, 6)
+        query = torch.ops.fastrl_cuda.turned_and_written_kv(heads, pages, 0, offsets, None, None,
+                                                            None, None, 0.0)
+        assert torch.ops.fastrl_cuda.written_kv(heads, heads, pages, 0, offsets) is None
+        assert torch.ops.fastrl_cuda.copied_pages(pages, offsets, offsets) is None
         lists = [[values], [values], [values], [values], [], []]
         assert torch.ops.fastrl_cuda.adamw_step(*lists, values, 0.9, 0.95, 1.0, [True]) is None
+    assert query.shape == (3, 5, 6)
     assert norm.shape == () and norm.dtype == torch.float64
     assert [(list(x.shape), x.dtype) for x in per_row] == [([3], torch.float32)] * 4
     assert dlogits.shape == logits.shape and dlogits.dtype == torch.bfloat16
