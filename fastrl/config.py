@@ -100,6 +100,10 @@ class EngineConfig:
     """Decode steps between two looks at which responses have ended; None: 8 on a GPU, which then
     never waits for the host, or 1 on a CPU. With stop strings and in a stream always 1. Never
     changes a response."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Decode steps on a GPU are captured once for each size of the batch and then replayed: auto
+    where all of a step can be captured, with a warning that says why not; on fails where not. The
+    pages then keep their memory between calls. Never changes a response."""
 
     def __post_init__(self) -> None:
         _positive(self, ("page_size", "num_pages", "max_batch_size", "max_prefill_tokens",

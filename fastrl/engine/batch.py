@@ -97,8 +97,12 @@ def pad_rows(tensor: Tensor, num_rows: int) -> Tensor:
 
 
 def upload(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Integers of the host as int64; a GPU gets them in its own time, nobody waits."""
-    tensor = torch.tensor(values, dtype=torch.int64)
+    """Integers of the host as int64 on the device."""
+    return send(torch.tensor(values, dtype=torch.int64), device)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device; a GPU gets it in its own time, nobody waits."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

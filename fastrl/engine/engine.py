@@ -14,6 +14,7 @@ from fastrl.config import EngineConfig, SamplingConfig
 from fastrl.engine.cache import KVCache, pages_for
 from fastrl.engine.exactness import invariant_rows, row_multiple
 from fastrl.engine.generation import Generation
+from fastrl.engine.graphs import StepGraphs, graphs_for, rung
 from fastrl.engine.request import Request, SharedPrompt
 from fastrl.engine.text import Decoder, TextPieces
 from fastrl.errors import ConfigError, DataError
@@ -62,6 +63,7 @@ class Engine:
         self._min_rows, self._row_multiple = invariant_rows(model), row_multiple(model)
         self._idle_cache: KVCache | None = None
         self._active: list[Generation] = []
+        self._graphs: StepGraphs | None = None
 
     def generate(
         self, prompts: Sequence[Sequence[int]],
@@ -100,7 +102,7 @@ class Engine:
                         on_progress(generation.num_tokens, generation.num_finished, len(requests))
         finally:
             self._end(generation)
-        return _rollout(generation, num_samples_per_prompt)
+        return generation.results.rollout(num_samples_per_prompt)
 
     def stream(
         self, prompt_ids: Sequence[int], sampling: SamplingConfig | None = None, *, seed: int = 0,
@@ -133,8 +135,8 @@ class Engine:
                 if request.finish_reason is not None and request.text is not None:
                     text += request.text.flush()
                 yield StreamedToken(
-                    token_id=int(generation.token_ids[0, count]), text=text,
-                    logprob=float(generation.logprobs[0, count]),
+                    token_id=int(generation.results.token_ids[0, count]), text=text,
+                    logprob=float(generation.results.logprobs[0, count]),
                     finish_reason=request.finish_reason)
         finally:
             self._end(generation)
@@ -151,21 +153,36 @@ class Engine:
                                if chosen is None or request.index in chosen])
 
     def weights_changed(self) -> None:
-        """Drop every cached page: no token is drawn from keys and values of old weights."""
-        self._idle_cache = None
+        """Drop every cached page: no token is drawn from keys and values of old weights.
+
+        Captured graphs hold on to the memory of the pages; no page of an idle cache is in use.
+        """
+        if self._graphs is None:
+            self._idle_cache = None
         for generation in self._active:
             generation.forget()
 
     def _begin(self, requests: Sequence[Request], one_at_a_time: bool) -> Generation:
+        cache = self._take_cache(requests)
+        graphs = None
+        if all(active.graphs is None for active in self._active):  # their tensors are for one call
+            graphs = self._graphs = graphs_for(self.model, self.config, cache, self._graphs)
         generation = Generation(
-            self.model, self.config, self._take_cache(requests), requests,
-            tuple(self.model.spec.eos_token_ids), self._row_count, one_at_a_time)
+            self.model, self.config, cache, requests, tuple(self.model.spec.eos_token_ids),
+            row_count=self._row_count, batch_rows=self._batch_rows, graphs=graphs,
+            one_at_a_time=one_at_a_time)
         self._active.append(generation)
         return generation
 
     def _row_count(self, num_rows: int) -> int:
         """Rows of a forward pass that has `num_rows` real ones."""
         return -(-max(num_rows, self._min_rows) // self._row_multiple) * self._row_multiple
+
+    def _batch_rows(self, num_rows: int) -> int:
+        """Rows of a decode batch that has `num_rows` real ones."""
+        if self.model.lm_head.weight.device.type == "cpu":
+            return self._row_count(num_rows)
+        return rung(num_rows, self.config.max_batch_size)
 
     def _end(self, generation: Generation) -> None:
         """Keep the memory of the cache for the next call."""
@@ -271,27 +288,3 @@ def _evaluating(model: CausalLM) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _rollout(generation: Generation, num_samples_per_prompt: int) -> Rollout:
-    """The results of a generation that is finished."""
-    lengths, requests = generation.lengths, generation.requests
-    device = generation.token_ids.device
-    longest = max(lengths)
-    mask = torch.arange(longest, device=device) < torch.tensor(lengths, device=device)[:, None]
-    response_ids, logprobs, entropy = (
-        values[:-1, :longest].masked_fill(~mask, 0)
-        for values in (generation.token_ids, generation.logprobs, generation.entropy))
-    responses = response_ids.tolist()
-    sequences = [[*request.prompt.token_ids, *responses[row][: lengths[row]]]
-                 for row, request in enumerate(requests)]
-    bounds = torch.tensor([0, *map(len, sequences)], dtype=torch.int64).cumsum(0)
-    return Rollout(
-        token_ids=torch.tensor([token for sequence in sequences for token in sequence],
-                               dtype=torch.int64, device=device),
-        cu_seqlens=bounds.to(device),
-        prompt_lens=torch.tensor([len(r.prompt.token_ids) for r in requests], device=device),
-        response_ids=response_ids, response_mask=mask, rollout_logprobs=logprobs, entropy=entropy,
-        finish_reasons=tuple(request.finish_reason or "cancelled" for request in requests),
-        num_samples_per_prompt=num_samples_per_prompt,
-    )

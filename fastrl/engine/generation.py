@@ -1,6 +1,6 @@
 """One call of the engine: prompts are computed, tokens drawn, finished sequences leave.
 
-Shape letters: R rows of the decode batch, K steps of a round, B responses, T longest response.
+Shape letters: R rows of the decode batch.
 """
 
 from collections import deque
@@ -10,15 +10,19 @@ import torch
 from torch import Tensor
 
 from fastrl.config import EngineConfig
-from fastrl.engine.batch import DecodeBatch, RecentTokens, pad_rows, upload
+from fastrl.engine.batch import DecodeBatch, RecentTokens, pad_rows, send, upload
 from fastrl.engine.cache import KVCache, pages_for
 from fastrl.engine.flags import Flags
+from fastrl.engine.graphs import StepGraphs
 from fastrl.engine.prefill import compute_prompts
 from fastrl.engine.request import Request, SharedPrompt
+from fastrl.engine.results import Results
 from fastrl.engine.scheduler import Admission, Scheduler, starting_order
 from fastrl.engine.settings import Settings
 from fastrl.engine.step import DeviceStep
+from fastrl.engine.text import TextPieces
 from fastrl.models import CausalLM
+from fastrl.ops.paged_attention import size_bucket
 
 STEPS_PER_ROUND = {"cpu": 1, "cuda": 8}
 """Decode steps of a round where the config names no number."""
@@ -35,13 +39,16 @@ class Generation:
         cache: Pages, all free; they are free again at the end.
         requests: `index` counts from 0.
         stop_token_ids: Tokens that end a response whose settings name none.
-        row_count: Rows that a forward pass of n rows is padded to.
+        row_count: Rows that a pass over n prompt tokens is padded to.
+        batch_rows: Rows that a batch of n sequences is padded to.
+        graphs: Captured steps; None runs every step eagerly.
         one_at_a_time: Every token is looked at before the next is drawn.
     """
 
     def __init__(
         self, model: CausalLM, config: EngineConfig, cache: KVCache, requests: Sequence[Request],
-        stop_token_ids: Sequence[int], row_count: Callable[[int], int], one_at_a_time: bool,
+        stop_token_ids: Sequence[int], *, row_count: Callable[[int], int],
+        batch_rows: Callable[[int], int], graphs: StepGraphs | None, one_at_a_time: bool,
     ) -> None:
         self.requests = requests
         self.scheduler = Scheduler(starting_order(requests, config.order), cache, config)
@@ -49,31 +56,26 @@ class Generation:
         """Tokens drawn and seen by the host so far, all responses together."""
         self.num_finished = 0
         self.cache = cache
+        self.graphs = graphs
         self._model = model
         self._device = cache.kv_pages.device
-        self._row_count = row_count
+        self._row_count, self._batch_rows = row_count, batch_rows
         self._step = 0
         self._replay_until = 0
         self._max_pages = max(pages_for(r.max_cached_tokens, cache.page_size) for r in requests)
-        longest = max(request.max_tokens for request in requests)
-        # One row more than there are responses: what belongs nowhere is written there.
-        self.token_ids = torch.zeros(len(requests) + 1, longest, dtype=torch.int64,
-                                     device=self._device)
-        self.logprobs = torch.zeros_like(self.token_ids, dtype=torch.float32)
-        self.entropy = torch.zeros_like(self.logprobs)
-        self.lengths = [0] * len(requests)
-        """Tokens of each finished response."""
+        if graphs is not None:  # which calls of about one length share
+            self._max_pages = size_bucket(self._max_pages)
+        self.results = Results(requests, self._device)
         self._device_step = DeviceStep(model, cache)
-        self._reads_text = any(request.text is not None for request in requests)
         kind = self._device.type
         self._steps_per_round = 1 if one_at_a_time else (
             config.sync_every or STEPS_PER_ROUND.get(kind, STEPS_PER_ROUND["cuda"]))
         self._rounds_behind = 0 if one_at_a_time else ROUNDS_BEHIND.get(kind, 0)
         self._unread: deque[Flags] = deque()
         self._settings = Settings.of(requests, stop_token_ids, self._device)
-        self._row_settings, self._settings_rows = self._settings, torch.empty(0)
-        self._recent = RecentTokens.empty(0, 0, self._device)
         self._batch = self._new_rows([])
+        self._row_settings = self._settings
+        self._recent = RecentTokens.empty(0, 0, self._device)
 
     @property
     def is_finished(self) -> bool:
@@ -112,16 +114,18 @@ class Generation:
         sources, targets = zip(*admission.copies, strict=True) if admission.copies else ((), ())
         self.cache.copy(sources, targets)
         rows = self._new_rows(admission.started)
-        rows = rows.pad(self._row_count(rows.size), len(self.requests))
+        rows = rows.pad(self._batch_rows(rows.size), len(self.requests))
         hidden = torch.stack([_last_hidden(request.prompt) for request in admission.started])
         for request in admission.started:
             self._replay_until = max(self._replay_until, request.started + request.num_recorded)
-        begun, replays = self._begin_round(rows, 1)
-        self._device_step.draw(pad_rows(hidden, len(rows.index)), rows, self._settings_of(rows),
-                               self._recent, replays=replays)
-        self._record(rows, begun, admission.started)
-        joined = self._batch.join(rows)
-        self._batch = joined.pad(self._row_count(joined.size), len(self.requests))
+        recent = RecentTokens.empty(len(rows.index), 1, self._device)
+        replays = self._step < self._replay_until
+        begun = self.results.begin_round(rows, recent, replays=replays)
+        self._device_step.draw(pad_rows(hidden, len(rows.index)), rows,
+                               self._settings.select(rows.index), recent, replays=replays)
+        self.results.record(rows, recent, begun)
+        self._unread.append(Flags(rows, admission.started))
+        self._arrange(self._batch.join(rows))
 
     def _compute_prompts(
         self, prompts: Sequence[SharedPrompt], pages: Sequence[Sequence[int]]
@@ -135,7 +139,7 @@ class Generation:
     def _new_rows(self, requests: Sequence[Request]) -> DecodeBatch:
         """Rows of requests whose prompts are in the cache and that have no token yet."""
         def column(values: Iterable[int]) -> Tensor:
-            return torch.tensor(list(values), dtype=torch.int64, device=self._device)
+            return upload(list(values), self._device)
 
         table = torch.zeros(len(requests), self._max_pages, dtype=torch.int64)
         needs_seen = self._settings.has_penalty
@@ -153,7 +157,7 @@ class Generation:
             kv_lens=column(len(r.prompt.token_ids) for r in requests),
             num_generated=zeros.clone(), max_tokens=column(r.max_tokens for r in requests),
             num_recorded=column(r.num_recorded for r in requests),
-            page_table=table.to(self._device), seen=seen.to(self._device),
+            page_table=send(table, self._device), seen=send(seen, self._device),
         )
 
     def _decode(self) -> None:
@@ -173,65 +177,40 @@ class Generation:
             self._batch.page_table[rows, columns] = pages
         self._compact()
         batch = self._batch
+        most = self._max_pages * self.cache.page_size
         max_kv_len = self._step + num_steps + max(
             len(r.prompt.token_ids) - r.started for r in running)
-        max_kv_len = min(max_kv_len, self._max_pages * self.cache.page_size)
-        begun, replays = self._begin_round(batch, num_steps)
-        settings = self._settings_of(batch)
+        replays = self._step < self._replay_until
+        begun = self.results.begin_round(batch, self._recent, replays=replays)
+        step = self._device_step
         for _ in range(num_steps):
-            self._device_step.decode(batch, settings, self._recent, max_kv_len=max_kv_len,
-                                     replays=replays)
+            if self.graphs is None:
+                step.decode(batch, self._row_settings, self._recent,
+                            max_kv_len=min(max_kv_len, most), replays=replays)
+            else:
+                self.graphs.run(step, batch, self._row_settings, self._recent, max_kv_len=most,
+                                replays=replays)
         self._step += num_steps
-        self._record(batch, begun, running)
+        self.results.record(batch, self._recent, begun)
+        self._unread.append(Flags(batch, running))
 
     def _compact(self) -> None:
         """Drop the rows of sequences that no longer run."""
         running = self.scheduler.running
         if len(running) < self._batch.size:
-            batch = self._batch.select([request.row for request in running])
-            self._batch = batch.pad(self._row_count(batch.size), len(self.requests))
+            self._arrange(self._batch.select([request.row for request in running]))
             self.scheduler.number_rows()
 
-    def _settings_of(self, batch: DecodeBatch) -> Settings:
-        """Settings of the rows of `batch`."""
-        if self._settings_rows is not batch.index:
-            self._settings_rows = batch.index
-            self._row_settings = self._settings.select(batch.index)
-        return self._row_settings
-
-    def _begin_round(self, batch: DecodeBatch, num_steps: int) -> tuple[Tensor, bool]:
-        """Make room for what `num_steps` steps draw.
-
-        Returns:
-            num_generated [R] int64 as it is now; whether tokens may be replayed.
-        """
-        if self._recent.token_ids.shape != (len(batch.index), num_steps):
-            self._recent = RecentTokens.empty(len(batch.index), num_steps, self._device)
-        self._recent.column.zero_()
-        replays = self._step < self._replay_until
-        if replays:
-            columns = batch.num_generated[:, None] + torch.arange(num_steps, device=self._device)
-            columns = columns.clamp_max(self.token_ids.shape[1] - 1)
-            self._recent.token_ids.copy_(self.token_ids[batch.index[:, None], columns])
-        return batch.num_generated.clone(), replays
-
-    def _record(self, batch: DecodeBatch, begun: Tensor, requests: Sequence[Request]) -> None:
-        """Put what a round has drawn into the results, and its flags on their way to the host.
-
-        Args:
-            begun: [R] int64, tokens that each row had before the round.
-            requests: Those of the real rows.
-        """
-        recent = self._recent
-        columns = begun[:, None] + torch.arange(recent.token_ids.shape[1], device=self._device)
-        is_new = ((columns >= batch.num_recorded[:, None])
-                  & (columns < batch.num_generated[:, None]))
-        place = (torch.where(is_new, batch.index[:, None], len(self.requests)),
-                 torch.where(is_new, columns, 0))
-        self.token_ids[place] = recent.token_ids
-        self.logprobs[place] = recent.logprobs
-        self.entropy[place] = recent.entropy
-        self._unread.append(Flags(batch, requests))
+    def _arrange(self, batch: DecodeBatch) -> None:
+        """Make `batch` the decode batch: dummies after its rows, settings beside it."""
+        batch = batch.pad(self._batch_rows(batch.size), len(self.requests))
+        settings = self._settings.select(batch.index)
+        if self.graphs is None:
+            self._batch, self._row_settings = batch, settings
+            self._recent = RecentTokens.empty(len(batch.index), self._steps_per_round, self._device)
+        else:
+            self._batch, self._row_settings, self._recent = self.graphs.place(
+                batch, settings, self._steps_per_round)
 
     def _read_all(self) -> None:
         """Know all that the device has done."""
@@ -240,15 +219,14 @@ class Generation:
 
     def _read(self, flags: Flags) -> None:
         """Count tokens, read text, and take finished sequences out of the batch."""
-        texts = iter(self._recent.token_ids[:, 0].tolist() if self._reads_text else ())
         ending = []
-        for request, is_alive, has_stopped, count in flags.read():
-            token_id = next(texts, None)
+        for request, is_alive, has_stopped, count, token_id in flags.read():
             if request.finish_reason is not None:
                 continue  # known from an earlier look
             self.num_tokens += max(0, count - request.num_tokens)
             request.num_tokens = max(count, request.num_tokens)
-            if token_id is not None and _meets_stop_string(request, token_id, count):
+            if request.text is not None and _meets_stop_string(
+                    request, request.text, token_id, count):
                 is_alive, has_stopped = False, True
             if not is_alive:
                 self._end(request, count, "stop" if has_stopped else "length")
@@ -259,17 +237,17 @@ class Generation:
 
     def _end(self, request: Request, num_tokens: int, reason: str) -> None:
         request.finish_reason = reason
-        self.lengths[request.index] = num_tokens
+        self.results.lengths[request.index] = num_tokens
         self.num_finished += 1
 
 
-def _meets_stop_string(request: Request, token_id: int, count: int) -> bool:
-    """Give token number `count` to the text of a request that has one."""
+def _meets_stop_string(request: Request, text: TextPieces, token_id: int, count: int) -> bool:
+    """Give token number `count` of a request to its text."""
     request.piece = ""
-    if request.text is None or count <= request.num_recorded:
+    if count <= request.num_recorded:
         return False
-    request.piece = request.text.push(token_id)
-    return request.text.has_stopped and count >= request.sampling.min_new_tokens
+    request.piece = text.push(token_id)
+    return text.has_stopped and count >= request.sampling.min_new_tokens
 
 
 def _last_hidden(prompt: SharedPrompt) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastrl.engine.batch import send, upload
 from fastrl.engine.cache import KVCache
 from fastrl.models import CausalLM, PagedAttention
 from fastrl.ops.paged_attention import PagedPlan
@@ -38,11 +39,11 @@ def compute_prompts(
     # The dummies are one more sequence, without anything in the cache.
     bounds = torch.tensor([0, *lengths, num_dummies]).cumsum(0)
     attention = PagedAttention(
-        cache.kv_pages, page_table.to(device),
-        F.pad(slots, (0, num_dummies), value=-1).to(device), bounds.to(device),
-        torch.tensor([*lengths, 0], device=device), max(*lengths, num_dummies), max(lengths),
+        cache.kv_pages, send(page_table, device),
+        send(F.pad(slots, (0, num_dummies), value=-1), device), send(bounds, device),
+        upload([*lengths, 0], device), max(*lengths, num_dummies), max(lengths),
         PagedPlan(slots_are_finite=True))
-    hidden = model(F.pad(token_ids, (0, num_dummies)).to(device),
-                   F.pad(positions, (0, num_dummies)).to(device), attention)
-    last: Tensor = hidden.index_select(0, bounds[1:-1].to(device) - 1)
+    hidden = model(send(F.pad(token_ids, (0, num_dummies)), device),
+                   send(F.pad(positions, (0, num_dummies)), device), attention)
+    last: Tensor = hidden.index_select(0, send(bounds[1:-1] - 1, device))
     return last
