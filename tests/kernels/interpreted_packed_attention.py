@@ -129,6 +129,19 @@ def test_a_token_keeps_its_bits_when_the_sequence_grows() -> None:
         assert torch.equal(short, long[:length])
 
 
+@pytest.mark.parametrize("window", [None, kernels.SPLIT + 20])
+def test_splits_of_the_keys(window: int | None) -> None:
+    Case([kernels.SPLIT + 70, 3], (1, 1), 8, torch.float16).assert_as_good_as_torch(window=window)
+
+
+def test_splits_change_no_bits_of_a_sequence_that_has_one() -> None:
+    case = Case([150, 3, 65], (1, 1), 8, torch.float16)
+    for window in (None, 50):
+        with_splits, without = (kernels.packed_attention_fwd(
+            *case.inputs, case.cu_seqlens, 0.4, window, has_splits) for has_splits in (True, False))
+        assert all(torch.equal(a, b) for a, b in zip(with_splits, without, strict=True))
+
+
 def test_many_sequences() -> None:
     # More than a program looks at together, so that its search takes several steps.
     lengths = [0] * (kernels.SEARCHED.value + 3) + [2, 0, 1]

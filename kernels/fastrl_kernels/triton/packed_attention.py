@@ -8,7 +8,9 @@ Tiles begin at the first token of a sequence. Sequence i owns the tiles from cu_
 + i on, which are enough for any length: the grid, (N // BLOCK + B) heads, needs no length and no
 host synchronisation, and a program finds its sequence by counting; at most one tile per sequence is
 spare and returns at once. Keys are walked in blocks counted from the sequence's first token, so the
-bits of a row depend on its own sequence alone. Block sizes depend on C and the type only.
+bits of a row depend on its own sequence alone. Block sizes depend on C and the type only. Every
+SPLIT keys are summed up by themselves and then merged from left to right, so that paged_attention
+can give the splits to several programs and still has the bits of this kernel.
 Backward, without atomics: one kernel per block of queries (dq, and do . out), then one per block of
 keys (dk, dv) that adds up the queries and the heads of its group in a fixed order.
 
@@ -34,13 +36,16 @@ from fastrl_kernels.triton.support import DTYPES, AotCase, is_interpreted, suppo
 __all__ = ["MAX_HEAD_DIM", "aot_cases", "packed_attention", "supports"]
 
 MAX_HEAD_DIM = 256
+SPLIT = 512
+"""Keys that are summed up by themselves, counted from the first token of a sequence. What the
+splits gave is merged from left to right: here by one program, in paged_attention by several."""
 SEARCHED = tl.constexpr(256)
 """Sequences that are looked at together when a program looks for its own."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def find_tile(tile, cu_seqlens_ptr, num_sequences, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Start [int64] and length of the sequence that owns a tile, and the tile's first row in it."""
+    """The sequence that owns a tile, its start [int64] and length, the tile's first row in it."""
     count = tl.zeros([], tl.int32)
     for first in range(0, num_sequences, SEARCHED):
         i = first + tl.arange(0, SEARCHED)
@@ -50,7 +55,7 @@ def find_tile(tile, cu_seqlens_ptr, num_sequences, BLOCK: tl.constexpr):  # type
     start = tl.load(cu_seqlens_ptr + count - 1)
     length = tl.load(cu_seqlens_ptr + count) - start
     row = (tile - (start // BLOCK + count - 1)) * BLOCK
-    return start, length.to(tl.int32), row.to(tl.int32)
+    return count - 1, start, length.to(tl.int32), row.to(tl.int32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -127,18 +132,49 @@ def attend_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def no_keys(BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Maximum, total and sum of values of rows that have seen no key."""
+    return (tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32),
+            tl.zeros([BLOCK_M, BLOCK_C], tl.float32))
+
+
+@triton.jit
+def merge_split(  # type: ignore[no-untyped-def]
+    whole_maximum, whole_total, whole_acc, maximum, total, acc,
+):
+    """Add what a split of the keys gave to what those before it gave. No keys change no bits."""
+    larger = tl.maximum(whole_maximum, maximum)
+    finite = tl.where(larger == float("-inf"), 0.0, larger)
+    whole, part = tl.exp2(whole_maximum - finite), tl.exp2(maximum - finite)
+    return (larger, whole_total * whole + total * part,
+            whole_acc * whole[:, None] + acc * part[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def end_block(  # type: ignore[no-untyped-def]
+    end, whole_maximum, whole_total, whole_acc, maximum, total, acc, SPLIT: tl.constexpr,
+):
+    """Merge and begin anew where the block of keys that ends at `end` was the last of a split."""
+    if end % SPLIT == 0:
+        whole_maximum, whole_total, whole_acc = merge_split(
+            whole_maximum, whole_total, whole_acc, maximum, total, acc)
+        maximum, total, acc = no_keys(acc.shape[0], acc.shape[1])
+    return whole_maximum, whole_total, whole_acc, maximum, total, acc
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _packed_attention_fwd_kernel(  # type: ignore[no-untyped-def]
     query_ptr, key_ptr, value_ptr, cu_seqlens_ptr, out_ptr, lse_ptr,
     num_sequences, num_tokens, num_tiles, num_heads, group, window, scale_log2,
     stride_query_n, stride_query_h, stride_key_n, stride_key_h, stride_value_n, stride_value_h,
     stride_out_n, stride_out_h,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, UPCAST: tl.constexpr,
+    SPLIT: tl.constexpr, HAS_SPLITS: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST: tl.constexpr,
 ):
     pid = tl.program_id(0)  # heads that share keys are neighbours; long rows begin first
     head = (pid % num_heads).to(tl.int64)
-    start, length, row = find_tile(num_tiles - 1 - pid // num_heads, cu_seqlens_ptr, num_sequences,
-                                   BLOCK_M)
+    _, start, length, row = find_tile(num_tiles - 1 - pid // num_heads, cu_seqlens_ptr,
+                                      num_sequences, BLOCK_M)
     if row >= length:
         return
     query_ptr += start * stride_query_n + head * stride_query_h
@@ -146,9 +182,9 @@ def _packed_attention_fwd_kernel(  # type: ignore[no-untyped-def]
     value_ptr += start * stride_value_n + head // group * stride_value_h
     rows = row + tl.arange(0, BLOCK_M)
     q = load_rows(query_ptr, rows, length, stride_query_n, C, BLOCK_C, UPCAST)
-    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    maximum, total, acc = no_keys(BLOCK_M, BLOCK_C)
+    if HAS_SPLITS:
+        whole_maximum, whole_total, whole_acc = no_keys(BLOCK_M, BLOCK_C)
     first = first_key_block(row, window, HAS_WINDOW, BLOCK_N)
     # Blocks before the diagonal are seen whole by every row, unless a window cuts them.
     diagonal = first if HAS_WINDOW else row // BLOCK_N * BLOCK_N
@@ -157,12 +193,21 @@ def _packed_attention_fwd_kernel(  # type: ignore[no-untyped-def]
         k = load_rows(key_ptr, keys, length, stride_key_n, C, BLOCK_C, UPCAST)
         v = load_rows(value_ptr, keys, length, stride_value_n, C, BLOCK_C, UPCAST)
         maximum, total, acc = attend_tile(q, k, v, keys, maximum, total, acc, scale_log2, False)
+        if HAS_SPLITS:
+            whole_maximum, whole_total, whole_acc, maximum, total, acc = end_block(
+                block + BLOCK_N, whole_maximum, whole_total, whole_acc, maximum, total, acc, SPLIT)
     for block in range(diagonal, tl.minimum(row + BLOCK_M, length), BLOCK_N):
         keys = block + tl.arange(0, BLOCK_N)
         k = load_rows(key_ptr, keys, length, stride_key_n, C, BLOCK_C, UPCAST)
         v = load_rows(value_ptr, keys, length, stride_value_n, C, BLOCK_C, UPCAST)
         keep = visible(rows, keys, window, HAS_WINDOW)
         maximum, total, acc = attend_tile(q, k, v, keep, maximum, total, acc, scale_log2, True)
+        if HAS_SPLITS:
+            whole_maximum, whole_total, whole_acc, maximum, total, acc = end_block(
+                block + BLOCK_N, whole_maximum, whole_total, whole_acc, maximum, total, acc, SPLIT)
+    if HAS_SPLITS:
+        maximum, total, acc = merge_split(
+            whole_maximum, whole_total, whole_acc, maximum, total, acc)
     total = tl.where(rows < length, total, 1.0)  # beyond the last token a window holds no key
     store_rows(out_ptr + start * stride_out_n + head * stride_out_h, acc / total[:, None], rows,
                length, stride_out_n, C, BLOCK_C)
@@ -182,8 +227,8 @@ def _packed_attention_dquery_kernel(  # type: ignore[no-untyped-def]
 ):
     pid = tl.program_id(0)
     head = (pid % num_heads).to(tl.int64)
-    start, length, row = find_tile(num_tiles - 1 - pid // num_heads, cu_seqlens_ptr, num_sequences,
-                                   BLOCK_M)
+    _, start, length, row = find_tile(num_tiles - 1 - pid // num_heads, cu_seqlens_ptr,
+                                      num_sequences, BLOCK_M)
     if row >= length:
         return
     query_ptr += start * stride_query_n + head * stride_query_h
@@ -226,7 +271,7 @@ def _packed_attention_dkey_kernel(  # type: ignore[no-untyped-def]
 ):
     pid = tl.program_id(0)
     kv_head = (pid % num_kv_heads).to(tl.int64)
-    start, length, row = find_tile(pid // num_kv_heads, cu_seqlens_ptr, num_sequences, BLOCK_N)
+    _, start, length, row = find_tile(pid // num_kv_heads, cu_seqlens_ptr, num_sequences, BLOCK_N)
     if row >= length:
         return
     keys = row + tl.arange(0, BLOCK_N)
@@ -273,7 +318,9 @@ def block_settings(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, 
     else:
         settings = (32, 64, 8, 2) if kernel == "dkey" else (64, 64, 4 if block_c <= 64 else 8, 2)
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-    return {"C": head_dim, "BLOCK_C": block_c, **dict(zip(names, settings, strict=True))}
+    # Where a product meets a sum, whether the compiler rounds in between must not depend on masks.
+    exact = {"enable_fp_fusion": False} if kernel == "fwd" else {}
+    return {"C": head_dim, "BLOCK_C": block_c, **dict(zip(names, settings, strict=True)), **exact}
 
 
 def _settings(kernel: str, query: Tensor, window: int | None) -> dict[str, Any]:
@@ -284,9 +331,13 @@ def _settings(kernel: str, query: Tensor, window: int | None) -> dict[str, Any]:
 
 def packed_attention_fwd(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float,
-    window: int | None,
+    window: int | None, has_splits: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """out [N, Hq, C], and log2 sum_j 2^(s_ij log2 e) as [Hq, N] float32, in one launch."""
+    """out [N, Hq, C], and log2 sum_j 2^(s_ij log2 e) as [Hq, N] float32, in one launch.
+
+    Args:
+        has_splits: A sequence may have more than SPLIT tokens. Changes no bits.
+    """
     (N, Hq, _), B = query.shape, len(cu_seqlens) - 1
     query, key, value = (_dense_channels(x) for x in (query, key, value))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -297,7 +348,8 @@ def packed_attention_fwd(
         _packed_attention_fwd_kernel[(num_tiles * Hq,)](
             query, key, value, cu_seqlens.contiguous(), out, lse, B, N, num_tiles, Hq,
             Hq // key.shape[1], window or 0, scale * math.log2(math.e), *query.stride()[:2],
-            *key.stride()[:2], *value.stride()[:2], *out.stride()[:2], **settings,
+            *key.stride()[:2], *value.stride()[:2], *out.stride()[:2], SPLIT=SPLIT,
+            HAS_SPLITS=has_splits, **settings,
         )
     return out, lse
 
@@ -340,9 +392,9 @@ def _dense_channels(x: Tensor) -> Tensor:
 @torch.library.custom_op("fastrl_kernels::packed_attention", mutates_args=())
 def _fwd_op(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float,
-    window: int | None,
+    window: int | None, has_splits: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    return packed_attention_fwd(query, key, value, cu_seqlens, scale, window)
+    return packed_attention_fwd(query, key, value, cu_seqlens, scale, window, has_splits)
 
 
 @_fwd_op.register_fake
@@ -370,10 +422,10 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float,
-        window: int | None,
+        window: int | None, has_splits: bool,
     ) -> Tensor:
         run = _fwd_op if torch.compiler.is_compiling() else packed_attention_fwd
-        out, lse = run(query, key, value, cu_seqlens, scale, window)
+        out, lse = run(query, key, value, cu_seqlens, scale, window, has_splits)
         ctx.save_for_backward(query, key, value, cu_seqlens, out, lse)
         ctx.scale, ctx.window = scale, window
         return out
@@ -384,7 +436,7 @@ class _PackedAttention(torch.autograd.Function):
         run = _bwd_op if torch.compiler.is_compiling() else packed_attention_bwd
         query, key, value, cu_seqlens, out, lse = ctx.saved_tensors
         gradients = run(dout, query, key, value, cu_seqlens, out, lse, ctx.scale, ctx.window)
-        return *gradients, None, None, None
+        return *gradients, None, None, None, None
 
 
 def packed_attention(
@@ -394,12 +446,13 @@ def packed_attention(
     """fastrl.ops.packed_attention on this backend.
 
     Args:
-        max_seqlen: A window this long cuts nothing; no other use.
+        max_seqlen: A window this long cuts nothing, and sums of up to SPLIT tokens are not split;
+            no other use.
     """
     if window is not None and window >= max_seqlen:
         window = None
     result: Tensor = _PackedAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, cu_seqlens, scale, window
+        query, key, value, cu_seqlens, scale, window, max_seqlen > SPLIT
     )
     return result
 
@@ -419,11 +472,14 @@ def aot_cases(every: bool = False) -> list[AotCase]:
     kernels = {"fwd": _packed_attention_fwd_kernel, "dquery": _packed_attention_dquery_kernel,
                "dkey": _packed_attention_dkey_kernel}
     torch_types = dict(zip(DTYPES, (torch.float32, torch.float16, torch.bfloat16), strict=True))
+    cases = itertools.product(kernels, DTYPES, (16, 32, 64, 80, 128, 256) if every else (128,),
+                              (False, True) if every else (False,),
+                              (False, True) if every else (True,))
     return [
         (kernels[kernel], {**types, **{name: f"*{dtype}:16" for name in pointers}},
          {**block_settings(kernel, head_dim, torch_types[dtype]), "HAS_WINDOW": has_window,
-          "UPCAST": False})
-        for kernel, dtype, head_dim, has_window in itertools.product(
-            kernels, DTYPES, (16, 32, 64, 80, 128, 256) if every else (128,),
-            (False, True) if every else (False,))
+          "UPCAST": False,
+          **({"SPLIT": SPLIT, "HAS_SPLITS": has_splits} if kernel == "fwd" else {})})
+        for kernel, dtype, head_dim, has_window, has_splits in cases
+        if kernel == "fwd" or not (every and has_splits)
     ]
