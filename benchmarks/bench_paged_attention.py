@@ -1,4 +1,4 @@
-"""paged_attention of a decode step: equal and mixed lengths, grouped queries."""
+"""paged_attention: decode steps of equal and mixed lengths and of few sequences; prompts."""
 
 from functools import partial
 
@@ -16,26 +16,45 @@ def lengths(B: int, S: int, mixed: bool) -> list[int]:
     return [S * (b + 1) // B if mixed else S for b in range(B)]
 
 
-def inputs(B: int, S: int, Hq: int, Hk: int, C: int, dtype: torch.dtype, mixed: bool) -> Inputs:
+def inputs(
+    B: int, S: int, Hq: int, Hk: int, C: int, dtype: torch.dtype, mixed: bool, prompts: bool
+) -> Inputs:
     pages = -(-S // PAGE_SIZE)
-    return {"query": torch.randn(B, Hq, C, dtype=dtype),
+    lengths_q = torch.tensor(lengths(B, S, mixed) if prompts else [1] * B)
+    return {"query": torch.randn(int(lengths_q.sum()), Hq, C, dtype=dtype),
             "kv_pages": torch.randn(B * pages, LAYERS, 2, PAGE_SIZE, Hk, C, dtype=dtype),
             "layer": 1, "page_table": torch.randperm(B * pages).view(B, pages),
-            "kv_lens": torch.tensor(lengths(B, S, mixed)), "cu_seqlens_q": torch.arange(B + 1),
-            "max_seqlen_q": 1, "max_kv_len": S, "scale": C**-0.5}
+            "kv_lens": torch.tensor(lengths(B, S, mixed)),
+            "cu_seqlens_q": torch.nn.functional.pad(lengths_q.cumsum(0), (1, 0)),
+            "max_seqlen_q": S if prompts else 1, "max_kv_len": S, "scale": C**-0.5}
 
 
-def bytes_moved(B: int, S: int, Hq: int, Hk: int, C: int, dtype: torch.dtype, mixed: bool) -> int:
-    return (sum(lengths(B, S, mixed)) * 2 * Hk + 2 * B * Hq) * C * dtype.itemsize
+def bytes_moved(
+    B: int, S: int, Hq: int, Hk: int, C: int, dtype: torch.dtype, mixed: bool, prompts: bool
+) -> int:
+    tokens = sum(lengths(B, S, mixed))
+    return (tokens * 2 * Hk + 2 * (tokens if prompts else B) * Hq) * C * dtype.itemsize
 
 
+def flops(
+    B: int, S: int, Hq: int, Hk: int, C: int, dtype: torch.dtype, mixed: bool, prompts: bool
+) -> int:
+    pairs = sum(length * (length + 1) // 2 if prompts else length
+                for length in lengths(B, S, mixed))
+    return 4 * pairs * Hq * C
+
+
+CPU_HEADS, GPU_HEADS = {"Hq": 8, "Hk": 2, "C": 48}, {"Hq": 32, "Hk": 8, "C": 128}
 CASES = [
-    Case(op=paged_attention, name="mixed" if mixed else "equal",
-         reference=paged_attention_reference, inputs=partial(inputs, mixed=mixed),
-         run=lambda op, **given: op(**given),
-         cpu={"B": 64, "S": 256, "Hq": 8, "Hk": 2, "C": 48},
-         gpu={"B": 256, "S": 2048, "Hq": 32, "Hk": 8, "C": 128},
+    Case(op=paged_attention, name=name, reference=paged_attention_reference,
+         inputs=partial(inputs, mixed=mixed, prompts=prompts), run=lambda op, **given: op(**given),
+         cpu={**cpu, **CPU_HEADS}, gpu={**gpu, **GPU_HEADS},
          small={"B": 3, "S": 37, "Hq": 4, "Hk": 2, "C": 16}, gpu_dtype=torch.bfloat16,
-         bytes_moved=partial(bytes_moved, mixed=mixed))
-    for mixed in (False, True)
+         bytes_moved=partial(bytes_moved, mixed=mixed, prompts=prompts),
+         flops=partial(flops, mixed=mixed, prompts=prompts))
+    for name, mixed, prompts, cpu, gpu in (
+        ("equal", False, False, {"B": 64, "S": 256}, {"B": 256, "S": 2048}),
+        ("mixed", True, False, {"B": 64, "S": 256}, {"B": 256, "S": 2048}),
+        ("few", False, False, {"B": 4, "S": 256}, {"B": 16, "S": 1024}),
+        ("prompts", True, True, {"B": 16, "S": 128}, {"B": 16, "S": 1024}))
 ]

@@ -18,12 +18,18 @@ from torch import Tensor
 from fastrl.backends import choose
 from fastrl.checks import check_values
 from fastrl.errors import ShapeError
+from fastrl.ops.packed_attention import kernel_limits
 
-PREFERENCE = ("torch",)
+# Triton first on a GPU, before any has measured it: the torch path asks the device for lengths in
+# every pass, so a decode step waits for it and no CUDA graph can hold one. flash_attn comes second:
+# the bits of a sequence depend on the batch there.
+PREFERENCE = ("triton", "flash", "torch")
 CHUNK_BYTES = 2**21
 """Keys and values gathered at a time: what is gathered is read again while it is in cache."""
 SLOT_UNIT = 16
 """Cached tokens are rounded up to a multiple of this, and further by `size_bucket`."""
+FLASH_PAGE_UNIT = 256
+"""Tokens of a page of flash_attn are a multiple of this."""
 DENSE_BLOCK = 512
 """Keys that the dense CPU kernel takes at a time."""
 
@@ -64,6 +70,9 @@ class PagedPlan:
     """No slot of the pages holds NaN or infinity, written or not. Then a CPU reads keys and values
     of sequences that have one page where they lie."""
     groups: list[PagedGroup] | None = None
+    """Of the torch path."""
+    tables: dict[str, Tensor] = field(default_factory=dict)
+    """Of flash_attn: lengths and pages as it takes them."""
 
 
 def paged_attention_reference(
@@ -144,8 +153,9 @@ def paged_attention(
 
         out_i = sum_j softmax_j(scale * q_i . k_j) v_j      over j <= p_i, j > p_i - window
 
-    The keys and values of the new tokens are in the cache already (`write_kv`). On a CPU the bits
-    of a sequence's output depend on nothing but that sequence: work is grouped by length, rounded.
+    The keys and values of the new tokens are in the cache already (`write_kv`). The bits of a
+    sequence's output depend on nothing but that sequence: on a CPU work is grouped by length,
+    rounded; in Triton they are also those of packed_attention in Triton. flash promises neither.
 
     Args:
         query: [N, Hq, C]. Sequence b owns rows cu_seqlens_q[b] to cu_seqlens_q[b+1], which are
@@ -159,7 +169,7 @@ def paged_attention(
         scale: Factor of the scores, usually C ** -0.5.
         window: Keys a query may see, itself included; None sees all before it.
         plan: One object for all layers of a pass, so that the first does for all of them what
-            depends on the arguments other than query, layer, scale and window.
+            depends on the arguments other than query, layer, scale and window. Triton needs none.
         backend: See fastrl.backends.
     Returns:
         [N, Hq, C], dtype of query. No gradient.
@@ -169,14 +179,43 @@ def paged_attention(
     Cost: reads 2 * Hk * C elements per cached token; on a CPU they are copied once, a few MiB at
         a time, unless `plan.slots_are_finite` and a page is as long as a sequence.
     Source: Kwon et al. 2023 (arXiv 2309.06180).
+    Example:
+        >>> pages = torch.ones(1, 1, 2, 4, 1, 2)
+        >>> one = torch.tensor([1])
+        >>> paged_attention(torch.ones(1, 1, 2), pages, 0, one[:, None] - 1, one,
+        ...                 torch.tensor([0, 1]), max_seqlen_q=1, max_kv_len=1, scale=1.0)
+        tensor([[[1., 1.]]])
     """
     _check(query, kv_pages, page_table, kv_lens, cu_seqlens_q, max_seqlen_q, max_kv_len, window)
-    choose("paged_attention", "paged_attention", PREFERENCE, query.device.type, query.dtype,
-           backend)
+    name = choose("paged_attention", "paged_attention", PREFERENCE, query.device.type, query.dtype,
+                  backend, _limits(kv_pages))
+    plan = plan or PagedPlan()
+    if name == "triton":
+        from fastrl_kernels.triton import paged_attention as triton_kernels
+
+        return triton_kernels.paged_attention(
+            query, kv_pages, layer, page_table, kv_lens, cu_seqlens_q, max_seqlen_q=max_seqlen_q,
+            max_kv_len=max_kv_len, scale=scale, window=window)
+    if name == "flash":
+        from fastrl_kernels.flash import paged_attention as flash_kernels
+
+        return flash_kernels.paged_attention(
+            query, kv_pages, layer, page_table, kv_lens, cu_seqlens_q, max_seqlen_q=max_seqlen_q,
+            max_kv_len=max_kv_len, scale=scale, window=window, tables=plan.tables)
     return _paged_attention_torch(
         query, kv_pages, layer, page_table, kv_lens, cu_seqlens_q, max_seqlen_q, scale, window,
-        plan or PagedPlan(),
+        plan,
     )
+
+
+def _limits(kv_pages: Tensor) -> tuple[tuple[str, str], ...]:
+    """(backend, reason) of the kernels that these pages rule out."""
+    page_size, channels = kv_pages.shape[3], kv_pages.shape[5]
+    limits = kernel_limits(channels)
+    if page_size % FLASH_PAGE_UNIT:
+        limits += (("flash", f"its pages hold a multiple of {FLASH_PAGE_UNIT} tokens, these hold "
+                             f"{page_size}"),)
+    return limits
 
 
 def _paged_attention_torch(

@@ -1,10 +1,12 @@
 """paged_attention against its per-sequence reference and against packed_attention."""
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from fastrl_kernels.flash import paged_attention as flash
 from torch import Tensor
 
 from fastrl.errors import BackendUnavailableError, ShapeError
@@ -14,6 +16,7 @@ from fastrl.ops.paged_attention import (
     PagedPlan,
     _arithmetic_runs,
     _dense_shape,
+    _limits,
     paged_attention,
     paged_attention_reference,
     size_bucket,
@@ -150,9 +153,70 @@ def test_bad_input(change: dict[str, object], message: str) -> None:
         paged_attention(**(_inputs([1, 1], [5, 3]) | change))
 
 
-def test_a_backend_that_is_not_there_is_refused() -> None:
-    with pytest.raises(BackendUnavailableError, match="paged_attention"):
+def test_backends_that_cannot_run_are_refused_with_the_reason() -> None:
+    with pytest.raises(BackendUnavailableError, match="'triton' cannot run here: the tensors are "
+                                                      "on cpu"):
         paged_attention(**_inputs([1], [1]), backend="triton")
+    with pytest.raises(BackendUnavailableError, match="'flash' cannot run here"):
+        paged_attention(**_inputs([1], [1]), backend="flash")
+    assert _limits(torch.empty(1, 1, 2, 512, 1, 256)) == ()
+    assert [backend for backend, _ in _limits(torch.empty(1, 1, 2, 256, 1, 257))] == [
+        "flash", "triton"]
+    assert _limits(torch.empty(1, 1, 2, 16, 1, 8)) == (
+        ("flash", "its pages hold a multiple of 256 tokens, these hold 16"),)
+
+
+@pytest.mark.parametrize(("window", "expected"), [(None, (-1, 0)), (1, (0, 0)), (7, (6, 0))])
+def test_arguments_of_flash_attn(window: int | None, expected: tuple[int, int]) -> None:
+    inputs = _inputs([1, 2, 1], [5, 9, 3], dtype=torch.float16)
+    tables: dict[str, Tensor] = {}
+    given = flash.varlen_arguments(*inputs.values(), window, tables)
+    assert {k: v for k, v in given.items() if not isinstance(v, Tensor)} == {
+        "max_seqlen_q": 2, "max_seqlen_k": 9, "softmax_scale": 0.4, "causal": True,
+        "window_size": expected}
+    for side, name in enumerate("kv"):
+        assert torch.equal(given[name].nan_to_num(), inputs["kv_pages"][:, 1, side].nan_to_num())
+    assert given["q"] is inputs["query"]
+    assert given["cu_seqlens_q"].tolist() == [0, 1, 3, 4]
+    assert given["cu_seqlens_k"].tolist() == [0, 5, 14, 17]
+    assert torch.equal(given["block_table"].long(), inputs["page_table"])
+    assert all(table.dtype == torch.int32 for table in tables.values())
+    again = flash.varlen_arguments(*(inputs | {"layer": 0}).values(), window, tables)
+    assert all(again[name] is table for name, table in tables.items())
+
+
+# A decode step with and without several splits, prompts with a continuation, a window.
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("lengths_q", "kv_lens", "window"), [
+    ([1] * 4, [700, 0, 1300, 9], None), ([1] * 4, [30, 9, 400, 1], 100),
+    ([600, 40, 1], [600, 900, 77], None), ([600, 40, 1], [600, 900, 77], 50)], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "flash", "triton"])
+def test_every_backend_on_a_gpu(
+    backend: str, lengths_q: list[int], kv_lens: list[int], window: int | None, dtype: torch.dtype
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
+        pytest.skip("package flash_attn is not installed")
+    if backend == "flash" and dtype == torch.float32:
+        pytest.skip("flash_attn takes no float32")
+    num_pages = -(-max(kv_lens) // 256)
+    table = torch.randperm(len(kv_lens) * num_pages).view(len(kv_lens), num_pages)
+    inputs = {
+        "query": torch.randn(sum(lengths_q), 8, 128), "page_table": table,
+        "kv_pages": torch.randn(table.numel(), 2, 2, 256, 2, 128),
+        "kv_lens": torch.tensor(kv_lens), "cu_seqlens_q": torch.tensor([0, *lengths_q]).cumsum(0)}
+    inputs = {k: v.to("cuda", dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+    options = {"layer": 1, "max_seqlen_q": max(lengths_q), "max_kv_len": max(kv_lens),
+               "scale": 128**-0.5, "window": window}
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    truth = paged_attention_reference(**wide, **options)
+    plain = paged_attention_reference(**inputs, **options)
+    out = paged_attention(**inputs, **options, backend=backend)
+    floor = torch.finfo(dtype).eps if dtype != torch.float32 else 4e-6
+    assert out.dtype == dtype
+    assert (out - truth).abs().max() <= 2 * (plain - truth).abs().max() + floor
 
 
 def test_a_plan_serves_every_layer_and_window() -> None:
