@@ -87,7 +87,8 @@ def test_lengths(lengths_q: list[int], kv_lens: list[int]) -> None:
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1), (20, 1)])
 def test_grouped_heads(heads: tuple[int, int]) -> None:
     assert_as_good_as_torch(decode([21, 7], heads))
-    assert_as_good_as_torch(make([9, 2], [21, 7], heads))
+    # Of three heads a tile has a row to spare, whose token is the next: it sees a key too few.
+    assert_as_good_as_torch(make([6, 9], [17, 21], heads))
 
 
 # A page for each token, odd pages, pages longer than a block and than a sequence.
