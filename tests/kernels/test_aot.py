@@ -22,10 +22,15 @@ ALLOWED_SPILLS: dict[tuple[str, int], int] = {
     # below the limit of registers, for more resident warps. Only `make aot` compiles these widths.
     ("_norm_fwd_kernel", 80): 8, ("_norm_fwd_kernel", 90): 8, ("_norm_bwd_kernel", 80): 16,
     # packed_attention: the gradient kernels hold two operands and their products in 255 registers.
-    # dquery spills in float32 at 256 channels alone, fwd at 64 and 80 channels or in float32.
-    ("_packed_attention_fwd_kernel", 80): 56, ("_packed_attention_fwd_kernel", 100): 8,
+    # dquery spills in float32 at 256 channels alone. fwd, where there are splits, holds sums twice:
+    # on sm_80, whose products take the queries from registers too, from 80 channels on.
+    ("_packed_attention_fwd_kernel", 80): 208, ("_packed_attention_fwd_kernel", 90): 8,
+    ("_packed_attention_fwd_kernel", 100): 8,
     **{("_packed_attention_dquery_kernel", arch): 240 for arch in ARCHITECTURES},
     ("_packed_attention_dkey_kernel", 80): 8, ("_packed_attention_dkey_kernel", 100): 24,
+    # paged_attention: the same, and the addresses of keys; on sm_90 in float32 alone.
+    ("_paged_attention_fwd_kernel", 80): 112, ("_paged_attention_fwd_kernel", 90): 24,
+    ("_paged_attention_fwd_kernel", 100): 16,
 }
 """(kernel, architecture) -> bytes of stack a thread may use, each with the reason beside it."""
 READS_ADDRESSES = {"_adamw_kernel", "_squares_kernel"}
