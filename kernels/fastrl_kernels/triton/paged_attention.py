@@ -12,7 +12,7 @@ order of every sum are those of packed_attention, so that a token has the same b
 in every batch. The grid needs no length from the device: a program beyond its sequence returns.
 
 Floor of a decode step in half precision: 4 Hk C bytes per cached token and layer, 4 Hq C per
-sequence; Hq / Hk operations per byte. Splits add 16 (C + 2) Hq bytes per SPLIT cached tokens, 3 %
+sequence; Hq / Hk operations per byte. Splits add 8 Hq (C + 2) bytes per SPLIT cached tokens, 2 %
 at Hq = 4 Hk. Limits: float32, float16, bfloat16; C up to 256. Source: Dao 2023 (arXiv 2307.08691)
 and the Flash-Decoding note of the same group; heads as rows and static grids after vLLM's unified
 attention (arXiv 2511.11581).
