@@ -1,4 +1,4 @@
-"""The benchmarks of fastrl: `python -m benchmarks kernels`; docs/benchmarks.md says how."""
+"""The benchmarks of fastrl, `python -m benchmarks kernels` and `engine`: docs/benchmarks.md."""
 
 import argparse
 import os
@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import load_cases
+from benchmarks.engine import run_engine
+from benchmarks.engine_providers import PROVIDERS
 from benchmarks.kernels import DeviceInError, Settings, run_kernels
 from benchmarks.results import file_name, table
 from benchmarks.timing import MIN_ROUNDS
@@ -33,6 +35,15 @@ def parser() -> argparse.ArgumentParser:
                          help="begin no case after so long")
     kernels.add_argument("--resume", action="store_true",
                          help="keep what today's file has, measure what it skipped")
+    engine = parts.add_parser("engine", help="whole generations beside peers")
+    engine.add_argument("--device", choices=("cuda", "cpu"),
+                        default="cuda" if torch.cuda.is_available() else "cpu")
+    engine.add_argument("--providers", nargs="*", default=[], choices=list(PROVIDERS),
+                        help="all")
+    engine.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    engine.add_argument("--small", action="store_true", help="sizes for trying the flow")
+    engine.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS",
+                        help="begin no provider after so long")
     return root
 
 
@@ -57,7 +68,18 @@ def kernels(options: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-PARTS = {"kernels": kernels}
+def engine(options: argparse.Namespace) -> int:
+    """Measure the engine; 1 when it is wrong."""
+    deadline = time.monotonic() + options.budget
+    path = options.out / file_name("engine", options.device)
+    rows = run_engine(options.device, options.small, options.providers, path, deadline)
+    print(table(rows))
+    failures = [row for row in rows if row.is_failure]
+    print(f"{path}: {len(rows)} rows, {len(failures)} wrong")
+    return 1 if failures else 0
+
+
+PARTS = {"kernels": kernels, "engine": engine}
 
 
 def main() -> int:

@@ -77,6 +77,20 @@ part_kernels() {
         "${small[@]}" --budget 110 --out "$OUT"
 }
 
+# Six minutes in all: 75 + 60 + 220 s, and a few for what stands between the steps.
+part_engine() {
+    build_extension
+    local small=()
+    if [ "$DEVICE" = cpu ]; then
+        skip tests "no GPU"
+        small=(--small)
+    else
+        LINES_SHOWN=30 step tests 60 "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider tests/engine
+    fi
+    LINES_SHOWN=80 step benchmarks 220 "$PYTHON" -m benchmarks engine --device "$DEVICE" \
+        "${small[@]}" --budget 180 --out "$OUT"
+}
+
 part=${1:-kernels}
 known=$(declare -F | sed -n 's/^declare -f part_//p' | paste -sd' ')
 if ! declare -F "part_$part" >/dev/null; then

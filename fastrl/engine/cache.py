@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastrl.engine.batch import upload
 from fastrl.models.spec import ModelSpec
 from fastrl.ops import copy_pages
 
@@ -74,7 +75,7 @@ class KVCache:
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole pages, all layers at once."""
         if sources:
-            pairs = torch.tensor([sources, targets], device=self.kv_pages.device)
+            pairs = upload([sources, targets], self.kv_pages.device)
             copy_pages(self.kv_pages, pairs[0], pairs[1])
 
     def check(self, holders: Sequence[Sequence[int]]) -> None:

@@ -42,7 +42,9 @@ OPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "paged_attention": ("paged_attention", PAGED_PREFERENCE),
     "sample_tokens": ("sampling", sampling.PREFERENCE),
 }
-"""Ops of a step whose plain form reads numbers on the host, their files and backends."""
+"""Ops of a step with their files and backends."""
+READS_ON_HOST = ("paged_attention", "sample_tokens")
+"""Those whose plain form reads numbers on the host."""
 
 
 @cache
@@ -114,7 +116,8 @@ def refusal(model: CausalLM) -> str | None:
         return f"the model is on {device.type}"
     if checks_values():
         return "FASTRL_CHECK=1 looks at values in every op"
-    plain = [op for op, backend in _backends(model).items() if backend == "torch"]
+    backends = _backends(model)
+    plain = [op for op in READS_ON_HOST if backends[op] == "torch"]
     if plain:
         return f"{', '.join(plain)} would run as plain torch, which reads numbers on the host"
     return None

@@ -36,6 +36,20 @@ def test_the_kernels_part_without_a_gpu(tmp_path: Path) -> None:
     assert {row.status for row in rows if row.provider == "torch"} == {"ok"}
 
 
+@pytest.mark.slow
+def test_the_engine_part_without_a_gpu(tmp_path: Path) -> None:
+    done = script("engine", OUT=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tests          -    skipped: no GPU" in done.stdout
+    (path,) = tmp_path.glob("engine_cpu_*.json")
+    document, rows = load(path)
+    assert "--small" in document["command"]
+    by_provider = {row.provider: row for row in rows}
+    assert all(by_provider[name].status == "ok" for name in ("fastrl", "fastrl_eager"))
+    assert by_provider["fastrl"].extra["no_graphs"] == "the model is on cpu"
+    assert by_provider["transformers_batch"].reason == "its cache takes most of a CPU's memory"
+
+
 def test_an_unknown_part_is_an_error_that_names_the_known(tmp_path: Path) -> None:
     done = script("nothing", OUT=str(tmp_path / "out"))
     assert done.returncode == 2 and "unknown part 'nothing'; known: " in done.stderr

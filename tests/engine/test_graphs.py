@@ -95,11 +95,12 @@ def test_a_cpu_runs_eagerly_and_refuses_where_graphs_are_asked_for() -> None:
 def test_plain_ops_and_value_checks_are_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = SimpleNamespace(device=SimpleNamespace(type="cuda"))
     model: Any = SimpleNamespace(lm_head=SimpleNamespace(weight=weight))
-    backends = {"write_kv": "triton", "paged_attention": "triton", "sample_tokens": "cuda"}
+    backends = {"write_kv": "torch", "paged_attention": "triton", "sample_tokens": "cuda"}
     monkeypatch.setattr(graphs, "_backends", lambda model: backends)
     assert refusal(model) is None
-    backends["write_kv"] = "torch"
-    assert refusal(model) == "write_kv would run as plain torch, which reads numbers on the host"
+    backends["paged_attention"] = "torch"
+    assert refusal(model) == (
+        "paged_attention would run as plain torch, which reads numbers on the host")
     monkeypatch.setenv("FASTRL_CHECK", "1")
     assert refusal(model) == "FASTRL_CHECK=1 looks at values in every op"
 
