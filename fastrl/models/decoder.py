@@ -12,19 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrl.models.attention import Attention
+from fastrl.models.attention import Attention, Projections
 from fastrl.models.causal_lm import CausalLM
 from fastrl.models.config import DecoderConfig, RotaryScaling
 from fastrl.models.heads import LMHead
+from fastrl.ops import add_layer_norm, add_rms_norm, gelu, layer_norm, rms_norm, swiglu
 
 __all__ = ["Decoder", "DecoderConfig", "RotaryScaling", "empty_decoder", "new_decoder"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": gelu,
+    "gelu_new": partial(gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(gelu, approximate="tanh"),
 }
 
 
@@ -36,17 +37,28 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.epsilon = epsilon
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype as x [..., size]."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.epsilon)
-        return self.weight * normed.to(x.dtype)
+    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum; shape and dtype of x [..., size] each."""
+        if residual is None:
+            return rms_norm(x, self.weight, epsilon=self.epsilon), x
+        return add_rms_norm(x, residual, self.weight, epsilon=self.epsilon)
+
+
+class LayerNorm(nn.LayerNorm):
+    """`weight * (x - mean(x)) / std(x) + bias`, the moments in float32 or wider."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum; shape and dtype of x [..., size] each."""
+        if residual is None:
+            return layer_norm(x, self.weight, self.bias, epsilon=self.eps), x
+        return add_layer_norm(x, residual, self.weight, self.bias, epsilon=self.eps)
 
 
 def _norm(config: DecoderConfig) -> nn.Module:
-    if config.norm == "rms":
-        return RMSNorm(config.hidden_size, config.norm_epsilon)
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_epsilon)
+    kind = RMSNorm if config.norm == "rms" else LayerNorm
+    return kind(config.hidden_size, config.norm_epsilon)
 
 
 def rotary_frequencies(config: DecoderConfig) -> Tensor:
@@ -86,13 +98,6 @@ class Rotary(nn.Module):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first R channels of x [N, H, C], pairing channel i with channel i + R/2."""
-    half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
-
-
 class SelfAttention(nn.Module):
     """Projections around an attention state; Q, K and V are one matrix, in this order of rows."""
 
@@ -110,16 +115,18 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention: Attention
+        self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, attention: Attention
     ) -> Tensor:
         """[N, D] from x [N, D]."""
         heads = self.qkv(x).unflatten(-1, (sum(self.sizes), -1))  # [N, Hq + 2 Hk, C]
-        query, key, value = heads.split(self.sizes, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
-        mixed = attention(self.layer, query, key, value, scale=self.scale, window=self.window)
+            projections = Projections(self.sizes[1], cos_sin,
+                                      (self.q_norm.weight, self.k_norm.weight),
+                                      self.q_norm.epsilon)
+        else:
+            projections = Projections(self.sizes[1], cos_sin)
+        mixed = attention.from_projections(self.layer, heads, projections, scale=self.scale,
+                                           window=self.window)
         out: Tensor = self.out(mixed.flatten(1))
         return out
 
@@ -137,7 +144,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, D] from x [N, D]."""
-        if self.gated:
+        if self.gated and self.activation is F.silu:
+            inner = swiglu(self.up(x))
+        elif self.gated:
             gate, up = self.up(x).chunk(2, dim=-1)
             inner = self.activation(gate) * up
         else:
@@ -147,7 +156,10 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP, each behind a norm, each adding to the residual stream.
+
+    What the last block adds is handed on beside the stream, so that the next norm can take both.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -157,15 +169,18 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, attention: Attention,
-        dropout: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        """[N, D] from x [N, D]."""
-        mixed = dropout(self.attention(self.attention_norm(x), rotary, attention))
+        self, added: Tensor, stream: Tensor | None, cos_sin: tuple[Tensor, Tensor] | None,
+        attention: Attention, dropout: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """(added, stream) [N, D] from those of the layer before; None: there was no layer."""
+        normed, stream = self.attention_norm(added, stream)
+        mixed = dropout(self.attention(normed, cos_sin, attention))
         if self.parallel_residual:
-            return x + mixed + dropout(self.mlp(self.mlp_norm(x)))
-        x = x + mixed
-        return x + dropout(self.mlp(self.mlp_norm(x)))
+            normed, _ = self.mlp_norm(stream, None)
+            stream = stream + mixed
+        else:
+            normed, stream = self.mlp_norm(mixed, stream)
+        return dropout(self.mlp(normed)), stream
 
 
 class Decoder(nn.Module):
@@ -191,11 +206,12 @@ class Decoder(nn.Module):
         x = self.embed(token_ids)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
-        rotary = None if self.rotary is None else self.rotary(positions, x.dtype)
+        cos_sin = None if self.rotary is None else self.rotary(positions, x.dtype)
         dropout = partial(F.dropout, p=self.residual_dropout, training=self.training)
+        stream = None
         for layer in self.layers:
-            x = layer(x, rotary, attention, dropout)
-        out: Tensor = self.final_norm(x)
+            x, stream = layer(x, stream, cos_sin, attention, dropout)
+        out: Tensor = self.final_norm(x, stream)[0]
         return out
 
 

@@ -12,10 +12,12 @@ HERE = Path(__file__).parent
 NAMES = sorted(p.stem.removeprefix("interpreted_") for p in HERE.glob("interpreted_*.py"))
 KERNELS = sorted(p.stem for p in (HERE.parents[1] / "kernels/fastrl_kernels/triton").glob("*.py")
                  if p.stem not in ("__init__", "support"))
+TOGETHER = {"decoder"}
+"""Tests of several kernels in their place."""
 
 
 def test_every_kernel_file_has_tests() -> None:
-    assert NAMES == KERNELS
+    assert sorted(set(NAMES) - TOGETHER) == KERNELS
 
 
 @pytest.mark.triton

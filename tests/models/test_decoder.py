@@ -19,8 +19,10 @@ from fastrl.models import (
     new_decoder,
     scalar_from_causal,
 )
+from fastrl.models.attention import Projections
 from fastrl.models.config import DecoderConfig, RotaryScaling
-from fastrl.models.decoder import RMSNorm, Rotary, rotary_frequencies, rotate
+from fastrl.models.decoder import Rotary, rotary_frequencies
+from fastrl.ops import rms_norm, rotary
 from fastrl.packing import pack_sequences
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox")
@@ -178,7 +180,7 @@ def test_dropout_acts_on_each_block_and_not_on_the_embedding():
     model = small().train()
     model.backbone.residual_dropout = 1.0  # every block is silent, the embedding is left
     config, ids = model.backbone.config, torch.tensor([5, 7, 9])
-    expected = RMSNorm(24, config.norm_epsilon)(model.backbone.embed(ids))
+    expected = rms_norm(model.backbone.embed(ids), torch.ones(24), epsilon=config.norm_epsilon)
     torch.testing.assert_close(hidden_of(model, [ids.tolist()]), expected)
 
 
@@ -200,10 +202,32 @@ def test_rotary_frequencies_by_hand():
                                rtol=1e-4, atol=0)
 
 
-def test_rotary_turns_pairs_and_leaves_the_rest():
-    x = torch.tensor([[[1.0, 0.0, 0.0, 2.0, 9.0]]])
-    cos, sin = torch.zeros(1, 1, 2), torch.ones(1, 1, 2)  # a quarter turn
-    assert rotate(x, cos, sin).tolist() == [[[0.0, -2.0, 1.0, 0.0, 9.0]]]
+@pytest.mark.parametrize("turns", [True, False])
+@pytest.mark.parametrize("has_norms", [True, False])
+def test_attention_states_take_merged_projections(turns, has_norms):
+    """Both states, against norms and rotation by hand, bit for bit."""
+    heads, angles = torch.randn(7, 4 + 2 * 2, 6), torch.rand(7, 1, 2)
+    projections = Projections(2, (angles.cos(), angles.sin()) if turns else None,
+                              tuple(torch.randn(2, 6)) if has_norms else None, 1e-3)
+    query, key, value = heads.split([4, 2, 2], dim=1)
+    if has_norms:
+        query, key = (rms_norm(x, weight, epsilon=1e-3)
+                      for x, weight in zip((query, key), projections.norm_weights, strict=True))
+    if turns:
+        query, key = rotary(query, key, *projections.cos_sin)
+    packed = PackedAttention(torch.tensor([0, 3, 7]), 4)
+    results = []
+    for function, arguments in ((packed, (query, key, value)),
+                                (packed.from_projections, (heads, projections))):
+        results.append(function(1, *arguments, scale=0.4, window=3))
+    assert torch.equal(*results)
+    caches = [torch.zeros(3, 2, 2, 4, 2, 6) for _ in range(2)]
+    pageds = [PagedAttention(pages, torch.tensor([[2], [1]]), torch.tensor([8, 9, 10, 4, 5, 6, 7]),
+                             torch.tensor([0, 3, 7]), torch.tensor([3, 4]), 4, 4)
+              for pages in caches]
+    assert torch.equal(pageds[0](1, query, key, value, scale=0.4),
+                       pageds[1].from_projections(1, heads, projections, scale=0.4))
+    assert torch.equal(*caches)
 
 
 def test_rotary_frequencies_stay_exact_when_the_model_is_cast():
