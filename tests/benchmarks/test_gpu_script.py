@@ -86,7 +86,7 @@ def test_the_steps_on_a_gpu(tmp_path: Path) -> None:
     assert build.startswith("9.0a python setup.py -q build_ext --build-lib build/gpu/lib")
     assert "-m pytest -m gpu -q -n 8" in tests and tests.endswith("tests/kernels tests/ops")
     assert " compute-sanitizer --tool memcheck" in memcheck and "--check_only" in memcheck
-    assert "--ops norm adamw gae grad_norm kl logprob " in memcheck
+    assert "--ops norm adamw gae grad_norm kl kv_cache logprob " in memcheck
     assert "kernels --device cuda --budget 110 --out" in benchmarks and "small" not in benchmarks
 
 
