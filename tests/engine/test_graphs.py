@@ -196,6 +196,29 @@ def test_a_second_call_captures_nothing_and_sees_new_weights(
     assert len(recorder.made) == 2 and recorder.num_captures > num_captures
 
 
+def test_new_weights_in_the_middle_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is replayed comes from another graph than what is drawn."""
+    rollouts = []
+    for graphs_of in (graphs.graphs_for, Recorder().graphs_for):
+        monkeypatch.setattr(engine_file, "graphs_for", graphs_of)
+        model = new_decoder(CONFIG, 0)
+        engine = Engine(model, EngineConfig(page_size=4, sync_every=3))
+        changes: list[int] = []
+
+        def change(
+            num_tokens: int, num_finished: int, total: int, model: CausalLM = model,
+            engine: Engine = engine, changes: list[int] = changes,
+        ) -> None:
+            if num_tokens > 40 and not changes:
+                changes.append(num_tokens)
+                model.load_state_dict(new_decoder(CONFIG, 1).state_dict())
+                engine.weights_changed()
+
+        rollouts.append(engine.generate(PROMPTS, SAMPLING, on_progress=change))
+        assert len(changes) == 1
+    _assert_same_bits(*rollouts)
+
+
 def test_a_smaller_batch_keeps_its_addresses(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
