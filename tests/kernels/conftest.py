@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,23 @@ def default_device() -> Iterator[None]:
     torch.set_default_device("cuda")
     yield
     torch.set_default_device("cpu")
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the Triton kernels that a test has launched, in order."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    names: list[str] = []
+    for kind in (InterpretedFunction, JITFunction):
+        def run(kernel: Any, *args: Any, launch: Callable[..., Any] = kind.run, **kwargs: Any
+                ) -> Any:
+            names.append(kernel.fn.__name__)
+            return launch(kernel, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "run", run)
+    return names
 
 
 @pytest.fixture

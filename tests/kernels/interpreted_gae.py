@@ -105,6 +105,18 @@ def test_moments_of_packed_responses() -> None:
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
+def test_moments_are_made_in_the_same_launch(launches: list[str], is_packed: bool) -> None:
+    rewards, values = torch.randn(2, 3, 40)
+    options = {"return_moments": True, "backend": "triton"}
+    if is_packed:
+        cu_seqlens = torch.tensor([0, 40, 80, 120])
+        compute_gae(rewards.flatten(), values.flatten(), cu_seqlens=cu_seqlens, **options)
+    else:
+        compute_gae(rewards, values, rewards > 0, **options)
+    assert launches == ["_gae_fwd_kernel"]
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
 def test_registered_op_and_one_graph(is_packed: bool) -> None:
     rewards, values = torch.randn(2, 4, 10).flatten(1) if is_packed else torch.randn(2, 4, 10)
     mask, cu_seqlens = rewards < 1, torch.tensor([0, 7, 40]) if is_packed else None

@@ -55,6 +55,11 @@ def test_gradients_of_some_of_them(which: str) -> None:
     assert_as_good_as_torch(*pair(3, 17), which=which)
 
 
+def test_one_launch_forward_and_one_backward(launches: list[str]) -> None:
+    run(kl_estimate, *pair(3, BLOCK), backend="triton")
+    assert launches == ["_kl_estimate_fwd_kernel", "_kl_estimate_bwd_kernel"]
+
+
 def test_k3_keeps_its_digits_near_zero_and_where_the_series_ends() -> None:
     """Equal bits of log-prob and u: nothing is lost before k3; relative errors, not absolute."""
     u = torch.cat([10 ** torch.linspace(-6, 1.2, 600), torch.tensor([0.49999997, 0.5, 0.50000006])])

@@ -1,12 +1,18 @@
 """linear_policy_loss with its Triton kernel against the float64 reference; run by
 test_triton.py."""
 
+from collections import defaultdict
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
+from fastrl_kernels.triton import linear_logprob
 from fastrl_kernels.triton import linear_policy_loss as kernels
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastrl.errors import BackendUnavailableError
 from fastrl.ops import PolicyStats, linear_policy_loss
@@ -206,6 +212,55 @@ def test_one_chunk_of_logits_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> No
                         lambda *args: made.append(new_chunk(*args)) or made[-1])
     case.run(backend="triton", chunk_tokens=8)
     assert [tuple(buffer.shape) for buffer in made] == [(8, 500)]
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes at a time in tensors that ops returned while it was on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+                           ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        arguments = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
+        for x in tree_leaves(result):
+            storage = x.untyped_storage() if isinstance(x, Tensor) else None
+            if storage is not None and storage._cdata not in arguments:
+                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.storages = {k: v for k, v in self.storages.items() if not v[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return result
+
+
+def test_a_gigabyte_is_enough_at_the_reference_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without memory; what a GPU does by itself, product and kernel, is counted only."""
+    M, D, V = 8192, 4096, 151936
+    calls: dict[str, int] = defaultdict(int)
+
+    def count(name: str) -> None:
+        calls[name] += 1
+
+    for module in (kernels, linear_logprob):
+        monkeypatch.setattr(module, "multiply", lambda *args, **options: count("products"))
+    launcher = type("Launcher", (), {"__getitem__": lambda self, grid: (
+        lambda *args, **options: count("launches"))})()
+    monkeypatch.setattr(kernels, "_policy_loss_kernel", launcher)
+    hidden, weight, bias = (torch.empty(shape, dtype=torch.bfloat16, device="meta",
+                                        requires_grad=True) for shape in ((M, D), (V, D), (V,)))
+    floats, ids = torch.empty(M, device="meta"), torch.empty(M, dtype=torch.int64, device="meta")
+    with PeakBytes() as bytes_made:
+        loss, _ = kernels.linear_policy_loss(hidden, weight, ids, floats, floats, ids > 0,
+                                             bias=bias, denominator=7.0, entropy_coef=0.1)
+        wide_gradients = 4 * (M * D + V * D + V)
+        assert wide_gradients < bytes_made.peak <= wide_gradients + 1e9
+        bytes_made.peak = 0
+        loss.backward()
+    assert calls["launches"] > 1 and calls["products"] == 3 * calls["launches"]
+    # Backward: the gradients in the type of the inputs, and nothing else of any size.
+    assert bytes_made.peak <= 1.5 * wide_gradients + 1e6
 
 
 def test_registered_op() -> None:

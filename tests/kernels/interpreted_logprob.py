@@ -117,6 +117,12 @@ def test_no_rows() -> None:
     assert logprobs.shape == entropy.shape == (0,) and logits.grad.shape == (0, 9)
 
 
+def test_one_launch_forward_and_one_backward(launches: list[str]) -> None:
+    forward_and_backward(gather_logprobs, torch.randn(3, 40), torch.randint(40, (3,)),
+                         backend="triton")
+    assert launches == ["_logprobs_fwd_kernel", "_logprobs_bwd_kernel"]
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_output_without_a_gradient(which: int) -> None:
     logits, token_ids = torch.randn(3, 40), torch.randint(40, (3,))

@@ -103,7 +103,7 @@ def test_whitens_by_moments(num_parts: int) -> None:
     case.assert_as_good_as_torch(5e-6, moments=row_moments(whole, whole > -5))
 
 
-def test_after_gae() -> None:
+def test_after_gae(launches: list[str]) -> None:
     """GAE, whitening and the loss in three launches, equal to the plain functions in sequence."""
     case = Case(4, 30)
     mask = case.inputs["loss_mask"]
@@ -111,6 +111,7 @@ def test_after_gae() -> None:
                                                return_moments=True, backend="triton")
     case.inputs |= {"advantages": advantages, "returns": returns}
     case.assert_as_good_as_torch(5e-6, moments=moments)
+    assert launches == ["_gae_fwd_kernel", "_ppo_loss_fwd_kernel", "_ppo_loss_reduce_kernel"]
 
 
 def test_not_contiguous() -> None:

@@ -9,8 +9,8 @@ from fastrl.errors import BackendUnavailableError
 from fastrl.ops import ranking_loss
 from fastrl.ops.ranking_loss import ranking_loss_reference
 
-# Every K of the paper and its neighbours, an empty group, a single completion, more than a tile.
-SIZES = torch.tensor([2, 0, 3, 4, 9, 1, 16, 17, 33, 2])
+# An empty group, a single completion, every K to 16, one more than a tile, three tiles, a pair.
+SIZES = torch.tensor([*range(18), 33, 2])
 
 
 @pytest.mark.parametrize("ties", ["kept_pairs", "all_pairs"])
@@ -39,6 +39,14 @@ def test_loss_gradient_and_statistics(ties: str, denominator: float | None, spre
     for field in fields(expected):
         torch.testing.assert_close(getattr(stats, field.name), getattr(expected, field.name),
                                    rtol=1e-5, atol=1e-4)
+
+
+def test_all_groups_in_one_launch(launches: list[str]) -> None:
+    scores = torch.randn(40, requires_grad=True)
+    loss, _ = ranking_loss(scores, torch.arange(40), torch.tensor([0, 2, 5, 21, 40]),
+                           backend="triton")
+    loss.backward()
+    assert launches == ["_ranking_loss_fwd_kernel"]
 
 
 def test_nothing_compared() -> None:

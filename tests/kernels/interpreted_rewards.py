@@ -63,9 +63,10 @@ def test_the_last_token_may_lie_in_an_earlier_block() -> None:
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_all_estimates_in_the_same_launch(estimator: str) -> None:
+def test_all_estimates_in_the_same_launch(launches: list[str], estimator: str) -> None:
     inputs = batch(3, MAX_BLOCK + 77)
     assert_as_good_as_torch(*inputs, estimator=estimator, return_estimates=True)
+    assert launches == ["_shape_rewards_fwd_kernel"]
     every = run(shape_rewards, *inputs, backend="triton", estimator=estimator,
                 return_estimates=True)
     one = run(shape_rewards, *inputs, backend="triton", estimator=estimator)

@@ -90,6 +90,16 @@ def test_moments_of_gae() -> None:
     torch.testing.assert_close(whitened, whiten_reference(advantages, mask), rtol=1e-5, atol=1e-5)
 
 
+def test_two_launches_and_one_where_moments_are_given(launches: list[str]) -> None:
+    values, mask = batch(3, 3, 1000)
+    whiten(values, mask, backend="triton")
+    assert launches == ["_moments_fwd_kernel", "_whiten_fwd_kernel"]
+    launches.clear()
+    moments = row_moments(torch.randn(2, 5), torch.ones(2, 5, dtype=torch.bool))
+    whiten(values, mask, moments=moments, backend="triton")
+    assert launches == ["_whiten_fwd_kernel"]
+
+
 def test_golden(golden: SimpleNamespace) -> None:
     advantages = torch.tensor([golden.GAE_ADVANTAGES[0.95]])
     everything = torch.ones(1, 4, dtype=torch.bool)
