@@ -138,6 +138,23 @@ def test_kernels_is_a_source_root() -> None:
         assert "from fastrl " not in path.read_text() and "from fastrl." not in path.read_text()
 
 
+def test_every_kernel_is_in_the_table_and_explained() -> None:
+    table = (ROOT / "kernels/README.md").read_text()
+    folder = ROOT / "kernels/fastrl_kernels/triton"
+    sources = [f"triton/{p.name}" for p in folder.glob("*.py") if "def aot_cases" in p.read_text()]
+    for source in sources + [f"csrc/{p.name}" for p in (ROOT / "csrc").glob("*.cu")]:
+        assert f"`{source}`" in table, f"kernels/README.md has no row for {source}"
+    sections = (ROOT / "docs/kernels.md").read_text().split("\n## ")[1:]
+    titles = " ".join(section.partition("\n")[0] for section in sections)
+    for column in re.findall(r"^\| (`.+?) \|", table, re.M):
+        for op in re.findall(r"`([a-z_]+)`", column):
+            assert re.search(rf"\b{op}\b", titles), f"docs/kernels.md does not explain {op}"
+    for section in sections:
+        words = ["measured"] + ["Parallelisation.", "Bytes.", "Numerics.", "What was tried."] * (
+            "(Triton" in section.partition("\n")[0])
+        assert all(word in section for word in words), f"docs/kernels.md: {section[:40]!r}"
+
+
 @pytest.mark.slow
 def test_the_wheel_is_pure_python_and_holds_two_packages(tmp_path: Path) -> None:
     subprocess.run(

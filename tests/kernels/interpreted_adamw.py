@@ -185,7 +185,7 @@ def test_compiles_to_one_graph_and_passes_opcheck() -> None:
     assert all(torch.equal(a, b) for a, b in zip(flat(state), flat(eager), strict=True))
     weights, first, second, remainders, scales = state
     factors = multi_tensor.adamw_factors(torch.tensor(1), 0.1, (0.9, 0.95), 1e-8, None)
-    torch.library.opcheck(kernel._launch_op, (
+    torch.library.opcheck(torch.ops.fastrl_kernels.adamw_step, (
         weights, gradients, first, second, remainders, [s for pair in scales for s in pair],
         factors, 0.9, 0.95, 1.0, [True, False]))
 

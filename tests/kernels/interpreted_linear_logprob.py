@@ -125,6 +125,21 @@ def test_chunks_cover_all_tokens_in_whole_tiles() -> None:
     assert chunk_slices(3, 2**40, None) == [slice(0, 1), slice(1, 2), slice(2, 3)]
 
 
+def test_gradients_of_all_chunks_are_added_up_in_float32() -> None:
+    """256 chunks whose contributions a sum in half precision would round away."""
+    dlogits, hidden = torch.randn(256, 50).half(), torch.rand(256, 8).half()
+    weight, bias = torch.randn(50, 8).half(), torch.randn(50).half()
+    gradients = linear_logprob.new_gradients(hidden, weight, bias, (True, True, True))
+    for m in range(256):
+        row = slice(m, m + 1)
+        linear_logprob.add_head_gradients(dlogits[row], hidden[row], weight, row, gradients)
+    wide = dlogits.double()
+    truths = (wide @ weight.double(), wide.T @ hidden.double(), wide.sum(dim=0))
+    for gradient, truth in zip(gradients, truths, strict=True):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient.double(), truth, rtol=1e-4, atol=1e-4)
+
+
 def test_registered_ops() -> None:
     case = Case()
     inputs = (case.hidden, case.weight, case.bias, case.token_ids)

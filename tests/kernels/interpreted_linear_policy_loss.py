@@ -95,6 +95,15 @@ def test_half_precision(dtype: torch.dtype, floor: float, denominator: float) ->
                                                       denominator=denominator)
 
 
+def test_the_gradient_of_the_head_is_added_up_in_float32() -> None:
+    """134 chunks whose contributions a sum in half precision would round away."""
+    case = Case(M=200, V=50, dtype=torch.float16)
+    truth = case.run(linear_policy_loss_reference, double=True)[2]
+    ours = case.run(backend="triton", chunk_tokens=1)[2]
+    for result, wide in zip(ours, truth, strict=True):
+        assert (result - wide).norm() <= 2**-11 * wide.norm()
+
+
 def test_half_precision_logits_on_request() -> None:
     case = Case(V=9001, dtype=torch.float16)
     options = {"bias": case.bias, "denominator": 7.0}
