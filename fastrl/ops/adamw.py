@@ -164,7 +164,8 @@ def _bundles(
     They are laid end to end, because a call per small tensor costs more than its arithmetic.
     """
     for kind in (True, False):
-        bundle, room = list[int](), limit
+        bundle: list[int] = []
+        room = limit
         for i, numel in enumerate(numels):
             if decayed[i] is not kind or not 0 < numel <= small:
                 continue

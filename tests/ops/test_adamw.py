@@ -136,6 +136,15 @@ def test_bits_do_not_depend_on_pieces_or_on_other_tensors(
             assert all(map(torch.equal, state.scales[0], together.scales[i]))
 
 
+@pytest.mark.parametrize("is_8bit", [False, True])
+def test_compiles_to_one_graph(is_8bit: bool) -> None:
+    weights, gradients = randoms((300,), (7, 5)), randoms((300,), (7, 5))
+    eager, compiled = (State(weights, is_8bit=is_8bit) for _ in range(2))
+    eager.step(gradients, weight_decay=0.1)
+    torch.compile(compiled.step, fullgraph=True, backend="aot_eager")(gradients, weight_decay=0.1)
+    torch.testing.assert_close(compiled.tensors, eager.tensors)
+
+
 def test_8bit_steps_use_the_new_moments_before_they_are_rounded() -> None:
     """One step from state that codes hold exactly equals the float32 step, then rounds."""
     weights, gradients = randoms((700,)), randoms((700,))
