@@ -475,12 +475,14 @@ def test_a_compiled_graph_knows_the_shapes() -> None:
         offsets = torch.empty(3, dtype=torch.int64)
         packed = torch.ops.fastrl_cuda.compute_gae(values[0], values[0], None, offsets, 1.0, 0.95)
         estimates = torch.ops.fastrl_cuda.kl_estimates(values, values, None)
+        dvalues = torch.ops.fastrl_cuda.kl_estimates_backward(values, values, None, *estimates)
         shaped = torch.ops.fastrl_cuda.shaped_rewards(values[:, 0], values, values, values > 0,
                                                       0.1, 1, 3)
         logits = torch.empty(3, 5, dtype=torch.bfloat16)
         per_row = torch.ops.fastrl_cuda.token_logprobs(logits, offsets, 1.0)
         dlogits = torch.ops.fastrl_cuda.token_logprobs_backward(
             logits, offsets, *per_row[1:], per_row[0], None, 1.0)
+        drawn = torch.ops.fastrl_cuda.sampled_tokens(logits, *[offsets] * 8, *[None] * 4)
         norm = torch.ops.fastrl_cuda.grad_norm([rewards, values])
         pages, heads = torch.empty(2, 1, 2, 4, 2, 6), torch.empty(3, 9, 6)
         query = torch.ops.fastrl_cuda.turned_and_written_kv(heads, pages, 0, offsets, None, None,
@@ -496,7 +498,9 @@ def test_a_compiled_graph_knows_the_shapes() -> None:
     assert [(list(x.shape), x.dtype) for x in padded] == [
         ([3, 5], torch.float32), ([3, 5], torch.float32), ([3, 3], torch.float32)]
     assert [list(x.shape) for x in packed] == [[5], [5], [2, 3]]
-    assert [list(x.shape) for x in (*estimates, *shaped)] == [[3, 5]] * 4 + [[3, 3, 5]]
+    assert [list(x.shape) for x in (*estimates, dvalues, *shaped)] == [[3, 5]] * 5 + [[3, 3, 5]]
+    assert [(list(x.shape), x.dtype) for x in drawn] == [
+        ([3], dtype) for dtype in (torch.int64, torch.float32, torch.float32, torch.bool)]
 
 
 @pytest.fixture(scope="module")
@@ -514,10 +518,30 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(library=folder / "lib/fastrl_kernels/_C.abi3.so", report=done.stdout)
 
 
-def test_a_build_can_be_restricted_to_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def setup_file(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What setup.py defines, without a build."""
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     monkeypatch.delenv("FASTRL_BUILD_CUDA", raising=False)
-    gencode = runpy.run_path(str(ROOT / "setup.py"))["gencode"]
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.parametrize("known, expected", [
+    ("sm_80\nsm_90\nsm_100\nsm_120\n", ["80", "90a", "100"]),
+    ("sm_70\nsm_80\nsm_90\n", ["80", "90a"])])
+def test_a_build_is_for_what_nvcc_knows(setup_file: dict[str, Any], known: str,
+                                        expected: list[str], monkeypatch: pytest.MonkeyPatch
+                                        ) -> None:
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=known))
+    assert setup_file["gencode"]() == [
+        f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in expected]
+
+
+def test_a_build_can_be_restricted_to_architectures(
+    setup_file: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gencode = setup_file["gencode"]
     for listed, expected in (
             ("9.0a", ["-gencode=arch=compute_90a,code=sm_90a"]),
             ("8.0;10.0+PTX", ["-gencode=arch=compute_80,code=sm_80",
@@ -545,6 +569,24 @@ def test_every_cuda_op_has_a_test_for_a_gpu() -> None:
         assert path.stem == "__init__" or re.search(
             rf'^    "{path.stem}": GpuOp|^def test_{path.stem}\b|^def test_{path.stem}_', text, re.M
         ), f"{path.name} has no test for a GPU"
+
+
+# One that nvcc itself finds, one that only the host compiler does.
+@pytest.mark.parametrize("source", ["__global__ void kernel() { int unused; }\n",
+                                    "int function(int unused) { return 1; }\n"])
+def test_a_warning_is_an_error(setup_file: dict[str, Any], source: str, tmp_path: Path,
+                               capfd: pytest.CaptureFixture[str]) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    (tmp_path / "warns.cu").write_text(source)
+    with pytest.raises(SystemExit, match="warns.cu: nvcc failed"):
+        setup_file["compile_source"](tmp_path / "warns.cu", tmp_path / "warns.o", ["-arch=sm_80"])
+    assert "unused" in capfd.readouterr().out
+
+
+def test_every_op_is_one_launch() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "csrc").glob("*.cu"))
+    assert sources.count("<<<") == len(OPS)
 
 
 def test_every_kernel_compiles_without_spills(build: SimpleNamespace) -> None:
