@@ -8,6 +8,8 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -501,6 +503,52 @@ def test_a_compiled_graph_knows_the_shapes() -> None:
     assert [list(x.shape) for x in (*estimates, dvalues, *shaped)] == [[3, 5]] * 5 + [[3, 3, 5]]
     assert [(list(x.shape), x.dtype) for x in drawn] == [
         ([3], dtype) for dtype in (torch.int64, torch.float32, torch.float32, torch.bool)]
+
+
+@pytest.fixture
+def compiled_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The compiled ops by their schemas alone: a call is checked, and results are 0."""
+    library = torch.library.Library("fastrl_schemas", "FRAGMENT")
+    text = (ROOT / "csrc/bindings.cpp").read_text()
+    schemas = ["".join(re.findall(r'"(.*?)"', lines))
+               for lines in re.findall(r"m\.def\((.*?)\);", text, re.S)]
+
+    def run(arguments: Any, *values: Any) -> None:
+        for value, argument in zip(values, arguments, strict=True):
+            if argument.alias_info is not None and value is not None:
+                value.zero_()
+
+    for schema in schemas:
+        arguments = torch._C.parse_schema(schema).arguments
+        library.impl(library.define(schema), partial(run, arguments), "CPU")
+    for module in (adamw, gae, grad_norm, kl, logprob, rewards, sampling):
+        monkeypatch.setattr(module, "compiled_ops", lambda: torch.ops.fastrl_schemas)
+        monkeypatch.setattr(module, "stream_of", lambda tensor: 0)
+    assert len(schemas) == len(OPS)
+    yield
+    library._destroy()
+
+
+def test_every_caller_follows_the_schemas_and_passes_opcheck(compiled_on_a_cpu: None) -> None:
+    ops, opcheck = torch.ops.fastrl_cuda, torch.library.opcheck
+    x, mask, ids = torch.randn(3, 5), torch.rand(3, 5) > 0.3, torch.tensor([0, 2, 4])
+    for given in ((x, x, None, None), (x.half(), x, mask, None),
+                  (x[0], x[0], mask[0], torch.tensor([0, 2, 5]))):
+        opcheck(ops.compute_gae, (*given, 0.9, 0.8))
+    for keep in (None, mask):
+        opcheck(ops.kl_estimates, (x.clone().requires_grad_(), x, keep))
+        opcheck(ops.kl_estimates_backward, (x, x, keep, x, x, x))
+    for estimator, num_estimates in ((1, 1), (2, 1), (3, 3)):
+        opcheck(ops.shaped_rewards, (x[:, 0], x, x, mask, 0.1, estimator, num_estimates))
+    opcheck(ops.token_logprobs, (x.bfloat16(), ids, 0.7))
+    for dentropy in (None, x[:, 0]):
+        opcheck(ops.token_logprobs_backward, (x, ids, *[x[:, 0]] * 4, dentropy, 0.7))
+    for adjusted in ([None] * 4, [x[:, 0], mask, ids[:, None], mask[:, 0]]):
+        opcheck(ops.sampled_tokens, (x, ids, ids, x[:, 0], ids, x[:, 0], x[:, 0], mask[:, 0],
+                                     mask[:, 0], *adjusted))
+    opcheck(ops.grad_norm, ([x, x.bfloat16()],))
+    opcheck(ops.adamw_step, ([x.clone()], [x], [x.clone()], [x.clone()], [], [], x[0, :3], 0.9,
+                             0.95, 1.0, [True]))
 
 
 @pytest.fixture(scope="module")
