@@ -31,7 +31,8 @@ def test_report_names_machine_packages_and_operations() -> None:
     assert examine(DoctorRun(device="cpu"), Console(file=out, live=False, width=160))
     text = out.getvalue()
     for expected in ("free memory", "C++ compiler", "torch", "transformers", "tensorboard",
-                     "sample_tokens", "compute_gae", "chosen", "unavailable",
+                     "sample_tokens", "compute_gae", "chosen", "unavailable", "reason",
+                     "the tensors are on cpu",
                      "self check passed: 64 tokens"):
         assert expected in text, expected
 

@@ -521,7 +521,7 @@ def compiled_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for schema in schemas:
         arguments = torch._C.parse_schema(schema).arguments
         library.impl(library.define(schema), partial(run, arguments), "CPU")
-    for module in (adamw, gae, grad_norm, kl, logprob, rewards, sampling):
+    for module in (adamw, gae, grad_norm, kl, kv_cache, logprob, rewards, sampling):
         monkeypatch.setattr(module, "compiled_ops", lambda: torch.ops.fastrl_schemas)
         monkeypatch.setattr(module, "stream_of", lambda tensor: 0)
     assert len(schemas) == len(OPS)
@@ -546,9 +546,21 @@ def test_every_caller_follows_the_schemas_and_passes_opcheck(compiled_on_a_cpu: 
     for adjusted in ([None] * 4, [x[:, 0], mask, ids[:, None], mask[:, 0]]):
         opcheck(ops.sampled_tokens, (x, ids, ids, x[:, 0], ids, x[:, 0], x[:, 0], mask[:, 0],
                                      mask[:, 0], *adjusted))
+    heads, pages, slots = torch.randn(3, 4, 6), torch.zeros(2, 1, 2, 4, 1, 6), torch.arange(3)
+    angles, norm = torch.randn(3, 1, 3), torch.randn(6)
+    opcheck(ops.written_kv, (heads[:, :1], heads[:, 1:2], pages, 0, slots))
+    for turned in ((angles, angles, None, None), (None, None, norm, norm)):
+        opcheck(ops.turned_and_written_kv, (heads, pages, 0, slots, *turned, 1e-6))
+    opcheck(ops.copied_pages, (pages, slots[:1], slots[1:2]))
     opcheck(ops.grad_norm, ([x, x.bfloat16()],))
     opcheck(ops.adamw_step, ([x.clone()], [x], [x.clone()], [x.clone()], [], [], x[0, :3], 0.9,
                              0.95, 1.0, [True]))
+
+
+def test_every_registered_op_is_given_to_opcheck() -> None:
+    for path in (ROOT / "kernels/fastrl_kernels/cuda").glob("*.py"):
+        for op in re.findall(r'custom_op\(\s*"fastrl_cuda::(\w+)"', path.read_text()):
+            assert f"opcheck(ops.{op}," in Path(__file__).read_text(), op
 
 
 @pytest.fixture(scope="module")

@@ -75,6 +75,15 @@ def with_scores(B: int, T: int) -> Inputs:
     return {"scores": torch.randn(B), **make(B, T)}
 
 
+def with_every_estimate(op: Callable[..., Any]) -> Callable[..., Any]:
+    """shape_rewards, whose estimates become results of their own."""
+    def run(**inputs: Any) -> tuple[Tensor, ...]:
+        rewards, estimates = op(**inputs, return_estimates=True)
+        return rewards, *estimates
+
+    return run
+
+
 @dataclass(frozen=True, kw_only=True)
 class GpuOp:
     """What is tested of one op."""
@@ -102,6 +111,9 @@ OPS = {
     "rewards": GpuOp(
         op=ops.shape_rewards, reference=shape_rewards_reference, shapes=ROWS, make=with_scores,
         options=tuple({"kl_coef": 0.1, "estimator": k} for k in ("k1", "k2", "k3"))),
+    "rewards and estimates": GpuOp(
+        op=with_every_estimate(ops.shape_rewards), shapes=ROWS, make=with_scores,
+        reference=with_every_estimate(shape_rewards_reference), options=({"kl_coef": 0.1},)),
     "logprob": GpuOp(
         op=ops.gather_logprobs, reference=gather_logprobs_reference, make=logit_inputs,
         shapes=((1, 1), (5, 11), (3, 129), (2, 4096), (2, 4097), (2, 50257), (1, 151936)),
