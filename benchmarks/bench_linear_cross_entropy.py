@@ -1,4 +1,4 @@
-"""linear_cross_entropy, forward and backward, beside linear_logprobs and torch's own loss."""
+"""linear_cross_entropy, forward and backward, beside linear_logprobs and losses of others."""
 
 from typing import Any
 
@@ -27,6 +27,15 @@ def plain(hidden: Tensor, weight: Tensor, token_ids: Tensor, *, denominator: flo
     return torch.nn.functional.cross_entropy(logits, token_ids, reduction="sum") / denominator
 
 
+def liger(hidden: Tensor, weight: Tensor, token_ids: Tensor, *, denominator: float) -> Tensor:
+    """Liger-Kernel's, with the head's gradient added up in float32 as well."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    loss: Tensor = liger_fused_linear_cross_entropy(
+        hidden, weight, token_ids, reduction="sum", accum_dtype=torch.float32)
+    return loss / denominator
+
+
 def forward_and_backward(op: Op, hidden: Tensor, weight: Tensor, **others: Any
                          ) -> tuple[Tensor, ...]:
     loss = op(hidden, weight, **others, denominator=float(len(hidden)))
@@ -40,5 +49,5 @@ CASES = [Case(
     small={"M": 9, "D": 16, "V": 301}, compared={"M": 512}, gpu_dtype=torch.bfloat16,
     bytes_moved=lambda M, D, V, dtype: 2 * (M + V) * D * dtype.itemsize,
     flops=lambda M, D, V, dtype: 6 * M * D * V,
-    others={"recomputed": recomputed, "plain": plain},
+    others={"recomputed": recomputed, "plain": plain, "liger": liger},
 )]

@@ -1,4 +1,4 @@
-"""linear_policy_loss, forward and backward, beside log_softmax, gather and autograd.
+"""linear_policy_loss, forward and backward, beside autograd with all logits and with chunks.
 
 On a CPU the size is the one at which the extra memory has to be at most a fifth of the plain
 way's, and the time no longer: benchmarks/results/linear_policy_loss_cpu_*.json.
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.cases import Case, Inputs, Op
 from fastrl.ops import linear_policy_loss
@@ -34,6 +35,20 @@ def plain(hidden: Tensor, weight: Tensor, token_ids: Tensor, old_logprobs: Tenso
                                  denominator=denominator)
 
 
+def chunked(hidden: Tensor, weight: Tensor, token_ids: Tensor, old_logprobs: Tensor,
+            advantages: Tensor, loss_mask: Tensor, *, denominator: float
+            ) -> tuple[Tensor, PolicyStats]:
+    """As TRL and verl save memory: 512 tokens at a time, whose logits the backward pass remakes."""
+    def logprobs_of(hidden: Tensor, token_ids: Tensor) -> Tensor:
+        all_logprobs = torch.log_softmax((hidden @ weight.T).float(), dim=-1)
+        return all_logprobs.gather(1, token_ids[:, None]).squeeze(1)
+
+    parts = zip(hidden.split(512), token_ids.split(512), strict=True)
+    logprobs = torch.cat([checkpoint(logprobs_of, *part, use_reentrant=False) for part in parts])
+    return policy_loss_reference(logprobs, old_logprobs, advantages, loss_mask,
+                                 denominator=denominator)
+
+
 def forward_and_backward(op: Op, hidden: Tensor, weight: Tensor, **others: Any
                          ) -> tuple[Tensor, ...]:
     loss, _ = op(hidden, weight, **others, denominator=float(len(hidden)))
@@ -47,5 +62,5 @@ CASES = [Case(
     small={"M": 9, "D": 16, "V": 301}, compared={"M": 512}, gpu_dtype=torch.bfloat16,
     bytes_moved=lambda M, D, V, dtype: 2 * (M + V) * D * dtype.itemsize,
     flops=lambda M, D, V, dtype: 6 * M * D * V,
-    others={"plain": plain},
+    others={"plain": plain, "chunked": chunked},
 )]
