@@ -5,10 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fastrl_kernels.multi_tensor import adamw_factors
 from torch import Tensor
 
 from fastrl.errors import BackendUnavailableError, ConfigError, ShapeError
-from fastrl.ops import adamw, adamw_step
+from fastrl.ops import adamw, adamw_step, grad_norm
+from fastrl.ops.grad_norm import clip_coefficient
 from fastrl.state_formats import decode_moment, encode_moment, join_master, split_master
 
 SHAPES = [(7, 5), (5,), (), (3, 1000), (300,), (0,)]
@@ -134,6 +136,16 @@ def test_bits_do_not_depend_on_pieces_or_on_other_tensors(
         assert torch.equal(state.second[0], together.second[i])
         if is_8bit:
             assert all(map(torch.equal, state.scales[0], together.scales[i]))
+
+
+def test_step_count_and_clip_coefficient_are_never_read() -> None:
+    """A tensor on the meta device has no value to read; both for torch and for the kernels."""
+    weights, gradients, first, second = (
+        [torch.ones(300, device="meta"), torch.ones(7, 5, device="meta")] for _ in range(4))
+    step, scale = torch.tensor(3, device="meta"), clip_coefficient(grad_norm(gradients), 1.0)
+    adamw_step(weights, gradients, first, second, step=step, scale=scale, **SETTINGS)
+    factors = adamw_factors(step, 1e-2, (0.9, 0.95), 1e-8, scale)
+    assert factors.is_meta and factors.dtype == torch.float32
 
 
 @pytest.mark.parametrize("is_8bit", [False, True])
