@@ -31,15 +31,16 @@ def whiten_reference(
     values: Tensor, mask: Tensor, *, keep_mean: bool = False, moments: Tensor | None = None
 ) -> Tensor:
     """whiten in plain torch, in two passes: a sum of squares would cancel."""
+    values = values.to(wide_dtype(values.dtype))  # a scalar mean would leave half precision as is
     if moments is None:
         mean = masked_mean_reference(values, mask)
         centred = kept(values - mean, mask)
         variance = centred.square().sum() / mask.sum().clamp(min=1)
     else:
-        mean, variance = merge_moments(moments.detach().to(wide_dtype(values.dtype)))
+        mean, variance = merge_moments(moments.detach().to(values.dtype))
         centred = kept(values - mean, mask)
     whitened = centred * (variance + VARIANCE_EPSILON).rsqrt()
-    return kept(whitened + mean, mask) if keep_mean else whitened
+    return kept(whitened + mean if keep_mean else whitened, mask)
 
 
 def row_moments(values: Tensor, mask: Tensor) -> Tensor:

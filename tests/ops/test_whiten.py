@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastrl.errors import ShapeError
 from fastrl.ops import compute_gae, whiten
@@ -86,6 +87,20 @@ def test_gradients() -> None:
         for given in (None, moments):
             assert torch.autograd.gradcheck(
                 lambda v, k=keep_mean, m=given: whiten(v, mask, keep_mean=k, moments=m), values)
+
+
+@pytest.mark.parametrize("moments", [None, torch.tensor([[3.0, 300.0, 2.0]])])
+def test_half_precision_is_computed_in_float32(moments: Tensor | None) -> None:
+    values, mask = torch.tensor([99.0, 100.0, 101.0, 7.0]), torch.tensor([True, True, True, False])
+    values[0] += 0.5
+    half = values.bfloat16()
+    assert torch.equal(whiten(half, mask, moments=moments), whiten(half.float(), mask,
+                                                                  moments=moments))
+
+
+def test_nan_stays_in_the_mask() -> None:
+    values, mask = torch.tensor([1.0, torch.nan, 3.0]), torch.tensor([True, True, False])
+    assert whiten(values, mask).isnan().tolist() == [True, True, False]
 
 
 def test_bad_input() -> None:
