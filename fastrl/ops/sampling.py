@@ -151,8 +151,8 @@ def _check(
     stop_token_ids: Tensor | None,
 ) -> None:
     op = "sample_tokens"
-    if logits.dim() != 2 or not logits.is_floating_point():
-        raise ShapeError(f"{op}: expected logits [B, V] of a floating type, got "
+    if logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
+        raise ShapeError(f"{op}: expected logits [B, V] of a floating type, V at least 1, got "
                          f"{list(logits.shape)} {logits.dtype}")
     batch_size, vocab_size = logits.shape
     for name, tensor in columns.items():
@@ -216,7 +216,7 @@ def sample_tokens(
             a search that it could not leave out by itself.
         backend: See fastrl.backends.
     Returns:
-        SampledTokens.
+        SampledTokens. No gradient.
     Raises:
         ShapeError: when shapes, dtypes or devices do not fit together.
         BackendUnavailableError: when a backend is named that cannot run.
@@ -231,6 +231,7 @@ def sample_tokens(
         "top_p": top_p, "min_p": min_p, "greedy": greedy, "raw_logprobs": raw_logprobs,
         "repetition_penalty": repetition_penalty, "suppresses_stops": suppresses_stops}
     _check(logits, columns, seen, stop_token_ids)
+    logits, temperature = logits.detach(), temperature.detach()
     name = choose("sample_tokens", "sampling", PREFERENCE, logits.device.type, logits.dtype,
                   backend)
     arguments = (logits, seeds, positions, temperature, top_k, top_p, min_p, greedy, raw_logprobs,
@@ -294,7 +295,7 @@ def _sample_tokens_torch(
         row_bytes = logits.shape[1] * dtype.itemsize
         num_rows = max(1, CHUNK_BYTES // row_bytes) * torch.get_num_threads()
     parts = []
-    for first in range(0, len(logits), num_rows):
+    for first in range(0, max(1, len(logits)), num_rows):
         rows = slice(first, first + num_rows)
         scaled = _scaled(logits[rows], None if divisor is None else divisor[rows])
         if is_cut:
@@ -347,7 +348,7 @@ def _summary(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     high = logits.amax(dim=-1, keepdim=True)
     shifted = logits - high
     weights = shifted.exp()
-    sums = [weights[:, :whole].view(batch_size, -1, TILE).sum(dim=-1),
+    sums = [weights[:, :whole].view(batch_size, whole // TILE, TILE).sum(dim=-1),
             weights[:, whole:].sum(dim=-1, keepdim=True)]
     # Where a weight is 0 its log may be -inf, and 0 * -inf is not a number.
     inner = shifted.clamp_min_(torch.finfo(logits.dtype).min).mul_(weights)

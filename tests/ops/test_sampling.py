@@ -272,6 +272,7 @@ def test_the_last_possible_token_is_reached_but_none_beyond() -> None:
     [
         ({"logits": torch.zeros(4)}, "logits"),
         ({"logits": torch.zeros(2, 4, dtype=torch.int64)}, "floating type"),
+        ({"logits": torch.zeros(2, 0)}, "V at least 1"),
         ({"seeds": torch.zeros(3, dtype=torch.int64)}, "seeds"),
         ({"positions": torch.zeros(2)}, "positions"),
         ({"top_p": torch.ones(1)}, "top_p"),
@@ -288,6 +289,19 @@ def test_bad_input(change: dict[str, Tensor], message: str) -> None:
     arguments: dict[str, Any] = {"logits": torch.zeros(2, 4), "seeds": zeros, "positions": zeros}
     with pytest.raises(ShapeError, match=message):
         sample_tokens(**(arguments | _settings(2) | change))
+
+
+@pytest.mark.parametrize("vocab_size", [5, 3000])
+def test_no_rows(vocab_size: int) -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    drawn = sample_tokens(torch.zeros(0, vocab_size), none, none, **_settings(0, top_k=3))
+    assert [x.shape for x in drawn] == [(0,)] * 4
+
+
+def test_draws_have_no_gradient() -> None:
+    zeros = torch.zeros(2, dtype=torch.int64)
+    drawn = sample_tokens(torch.zeros(2, 4, requires_grad=True), zeros, zeros, **_settings(2))
+    assert not any(x.requires_grad for x in drawn)
 
 
 def test_a_backend_that_is_not_there_is_refused() -> None:
