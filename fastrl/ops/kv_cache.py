@@ -99,6 +99,7 @@ def _check(
             f"write_kv: expected key and value in {kv_pages.dtype}, the dtype of the pages, got "
             f"{key.dtype} and {value.dtype}"
         )
+    check_device("write_kv", {"key": key, "value": value})
     _check_place("write_kv", key, kv_pages, layer, slot_mapping)
 
 
@@ -179,7 +180,7 @@ def write_kv(
 
         cuda_kv_cache.write_kv(key, value, kv_pages, layer, slot_mapping)
     else:
-        _write_kv_torch(key, value, kv_pages, layer, slot_mapping)
+        _write_kv_torch(key.detach(), value.detach(), kv_pages, layer, slot_mapping)
 
 
 def _write_kv_torch(
@@ -267,6 +268,7 @@ def rotary_write_kv(
         return cuda_kv_cache.rotary_write_kv(heads, kv_pages, layer, slot_mapping, cos, sin,
                                              q_weight, k_weight, epsilon)
     turned, value = _turn(heads, kv_pages.shape[4], cos, sin, q_weight, k_weight, epsilon)
+    turned, value = turned.detach(), value.detach()
     _write_kv_torch(turned[:, -value.shape[1]:], value, kv_pages, layer, slot_mapping)
     return turned[:, :-value.shape[1]]
 

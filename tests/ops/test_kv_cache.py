@@ -123,6 +123,14 @@ def test_rotary_write_kv_is_rotary_then_write_kv(
         assert torch.equal(got[0], query) and torch.equal(got[1], pages)
 
 
+def test_writing_leaves_no_gradient_in_the_pages() -> None:
+    pages = torch.zeros(1, 1, 2, 4, 1, 4)
+    heads, one = torch.ones(1, 3, 4, requires_grad=True), torch.ones(1, 1, 2)
+    write_kv(heads[:, :1], heads[:, :1], pages, 0, torch.tensor([0]))
+    query = rotary_write_kv(heads, pages, 0, torch.tensor([1]), cos=one, sin=0 * one)
+    assert not pages.requires_grad and not query.requires_grad
+
+
 def test_rotary_write_kv_golden() -> None:
     """A quarter turn, (1, 0) -> (0, 1) and (0, 2) -> (-2, 0), and none."""
     heads = torch.tensor([[[1.0, 0], [0, 2], [5, 6]], [[1, 0], [0, 2], [7, 8]]])
