@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl.backends import choose
-from fastrl.checks import check_values
+from fastrl.checks import check_device, check_values
 from fastrl.errors import ShapeError
 from fastrl.ops.packed_attention import kernel_limits
 
@@ -106,14 +106,17 @@ def _visible(query_positions: Tensor, key_positions: Tensor, window: int | None)
 
 
 def _check(
-    query: Tensor, kv_pages: Tensor, page_table: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor,
-    max_seqlen_q: int, max_kv_len: int, window: int | None,
+    query: Tensor, kv_pages: Tensor, layer: int, page_table: Tensor, kv_lens: Tensor,
+    cu_seqlens_q: Tensor, max_seqlen_q: int, max_kv_len: int, window: int | None,
 ) -> None:
     if query.dim() != 3 or kv_pages.dim() != 6 or kv_pages.shape[2] != 2:
         raise ShapeError(
             f"paged_attention: expected query [N, Hq, C] and kv_pages [num_pages, L, 2, "
             f"page_size, Hk, C], got {list(query.shape)} and {list(kv_pages.shape)}"
         )
+    if 0 in kv_pages.shape[3:]:
+        raise ShapeError(f"paged_attention: expected pages with at least one slot, head and "
+                         f"channel, got kv_pages {list(kv_pages.shape)}")
     if query.shape[2] != kv_pages.shape[5] or query.shape[1] % kv_pages.shape[4]:
         raise ShapeError(
             f"paged_attention: expected query heads in multiples of {kv_pages.shape[4]} with "
@@ -124,6 +127,16 @@ def _check(
             f"paged_attention: expected query in {kv_pages.dtype}, the dtype of the pages, got "
             f"{query.dtype}"
         )
+    if kv_pages.device != query.device:
+        check_device("paged_attention", {"query": query, "kv_pages": kv_pages})
+    if not 0 <= layer < kv_pages.shape[1]:
+        raise ShapeError(f"paged_attention: expected a layer from 0 to {kv_pages.shape[1] - 1}, "
+                         f"got {layer}")
+    for name, index in (("page_table", page_table), ("kv_lens", kv_lens),
+                        ("cu_seqlens_q", cu_seqlens_q)):
+        if index.dtype != torch.int64 or index.device != query.device:
+            raise ShapeError(f"paged_attention: expected {name} int64 on {query.device}, got "
+                             f"{index.dtype} on {index.device}")
     batch_size = kv_lens.shape[0]
     if page_table.dim() != 2 or page_table.shape[0] != batch_size \
             or cu_seqlens_q.shape != (batch_size + 1,):
@@ -186,7 +199,8 @@ def paged_attention(
         ...                 torch.tensor([0, 1]), max_seqlen_q=1, max_kv_len=1, scale=1.0)
         tensor([[[1., 1.]]])
     """
-    _check(query, kv_pages, page_table, kv_lens, cu_seqlens_q, max_seqlen_q, max_kv_len, window)
+    _check(query, kv_pages, layer, page_table, kv_lens, cu_seqlens_q, max_seqlen_q, max_kv_len,
+           window)
     name = choose("paged_attention", "paged_attention", PREFERENCE, query.device.type, query.dtype,
                   backend, _limits(kv_pages))
     plan = plan or PagedPlan()

@@ -146,6 +146,11 @@ def test_size_buckets() -> None:
         ({"cu_seqlens_q": torch.tensor([0, 1])}, "page_table"),
         ({"max_kv_len": 100}, "more columns"),
         ({"window": 0}, "at least 1"),
+        ({"layer": 2}, "layer from 0 to"),
+        ({"layer": -1}, "layer from 0 to"),
+        ({"kv_lens": torch.tensor([5, 3], dtype=torch.int32)}, "kv_lens int64 on cpu"),
+        ({"page_table": torch.zeros(2, 4, dtype=torch.int64, device="meta")}, "page_table int64"),
+        ({"kv_pages": torch.zeros(6, 2, 2, 4, 0, 8)}, "at least one slot, head"),
     ],
 )
 def test_bad_input(change: dict[str, object], message: str) -> None:
