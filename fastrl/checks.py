@@ -1,6 +1,7 @@
 """Argument checks that several ops share.
 
-None looks at a tensor's values, except `check_values` and `check_range` where FASTRL_CHECK is 1.
+None looks at a tensor's values, except `check_values`, `check_range` and `check_offsets` where
+FASTRL_CHECK is 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -118,6 +119,23 @@ def check_range(op: str, num_values: int, *, lowest: int = 0, **tensors: Tensor)
                 f"{op}: expected {name} from {lowest} to {num_values - 1}, got "
                 f"{int(tensor[tuple(place)])} at {place}; look at what computed it "
                 "(FASTRL_CHECK=1)")
+
+
+def check_offsets(op: str, num_rows: int, **offsets: Tensor) -> None:
+    """Where FASTRL_CHECK is 1, all offsets [B+1] rise from 0 to `num_rows`.
+
+    Raises:
+        ShapeError: names the op, the argument and what came.
+    """
+    if torch.compiler.is_compiling() or not checks_values():
+        return
+    for name, tensor in offsets.items():
+        given = tensor.tolist()
+        if given[0] != 0 or given[-1] != num_rows or given != sorted(given):
+            raise ShapeError(
+                f"{op}: expected {name} to rise from 0 to {num_rows}, the number of rows, got "
+                f"{given if len(given) < 10 else [*given[:4], '...', *given[-4:]]}; look at what "
+                "computed it (FASTRL_CHECK=1)")
 
 
 def check_positive(op: str, **numbers: float | None) -> None:

@@ -89,6 +89,19 @@ def test_ids_out_of_range_are_named(checking):
         ops.write_kv(key, key, pages, 0, torch.tensor([0, 12]))
 
 
+@pytest.mark.parametrize("offsets", [[0, 2], [1, 3], [0, 4], [0, 2, 1, 3]])
+@pytest.mark.parametrize("call", [
+    lambda offsets: ops.compute_gae(torch.ones(3), torch.ones(3), cu_seqlens=offsets),
+    lambda offsets: ops.ranking_loss(torch.ones(3), torch.tensor([0, 1, 2]), offsets),
+    lambda offsets: ops.packed_attention(*3 * [torch.ones(3, 1, 2)], offsets, max_seqlen=4,
+                                         scale=1.0),
+])
+def test_offsets_that_do_not_cover_the_rows_are_named(offsets, call, checking):
+    with pytest.raises(ShapeError, match="to rise from 0 to 3, the number of rows, got"):
+        call(torch.tensor(offsets))
+    call(torch.tensor([0, 1, 1, 3]))
+
+
 def test_a_compiled_graph_leaves_the_checks_out(checking):
     compiled = torch.compile(lambda x: ops.masked_mean(x, MASK), fullgraph=True, backend="eager")
     assert compiled(rows(1, 3, NAN)).item() == 2

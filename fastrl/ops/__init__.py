@@ -28,7 +28,6 @@ __all__ = [
     "PolicyStats",
     "RankingStats",
     "SampledTokens",
-    "SampledTokens",
     "ValueStats",
     "adamw_step",
     "add_layer_norm",

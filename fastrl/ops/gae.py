@@ -15,6 +15,7 @@ from fastrl.checks import (
     check_float,
     check_index,
     check_mask,
+    check_offsets,
     check_shape,
     check_share,
     check_values,
@@ -106,6 +107,7 @@ def _check(
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ShapeError(f"{op}: expected cu_seqlens [B+1] with B at least 1, got "
                          f"{list(cu_seqlens.shape)}")
+    check_offsets(op, len(rewards), cu_seqlens=cu_seqlens)
     check_values(op, response_mask, rewards=rewards, values=values)
 
 

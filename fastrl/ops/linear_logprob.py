@@ -71,6 +71,9 @@ def check_head(
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ShapeError(f"{op}: expected {prefix}hidden [M, D] and {prefix}weight [V, D], got "
                          f"{list(hidden.shape)} and {list(weight.shape)}")
+    if weight.shape[0] == 0:
+        raise ShapeError(f"{op}: expected {prefix}weight [V, D] with V at least 1, got "
+                         f"{list(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ShapeError(f"{op}: expected {prefix}bias [V] with V = {weight.shape[0]}, got "
                          f"{list(bias.shape)}")

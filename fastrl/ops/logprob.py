@@ -39,6 +39,9 @@ def _check(logits: Tensor, token_ids: Tensor, temperature: float) -> None:
         raise ShapeError(f"{op}: expected logits [M, V] and token_ids [M], got "
                          f"{list(logits.shape)} and {list(token_ids.shape)}; flatten leading "
                          "dimensions first")
+    if logits.shape[1] == 0:
+        raise ShapeError(f"{op}: expected logits [M, V] with V at least 1, got "
+                         f"{list(logits.shape)}")
     check_float(op, logits=logits)
     check_index(op, token_ids=token_ids)
     check_device(op, {"logits": logits, "token_ids": token_ids})

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastrl.backends import choose
-from fastrl.checks import check_device, check_values
+from fastrl.checks import check_device, check_offsets, check_positive, check_values
 from fastrl.environment import checks_values
 from fastrl.errors import ShapeError
 
@@ -63,7 +63,7 @@ def _causal_mask(length: int, window: int | None, device: torch.device) -> Tenso
 
 def _check(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-    window: int | None,
+    scale: float, window: int | None,
 ) -> None:
     if query.dim() != 3 or key.dim() != 3 or key.shape != value.shape:
         raise ShapeError(
@@ -74,6 +74,16 @@ def _check(
         raise ShapeError(
             f"packed_attention: query and key differ in tokens or channels: {list(query.shape)} "
             f"and {list(key.shape)}; both cover the same packed tokens"
+        )
+    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
+        raise ShapeError(
+            f"packed_attention: expected query, key and value of one floating type, got "
+            f"{query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    if 0 in query.shape[1:] or 0 in key.shape[1:]:
+        raise ShapeError(
+            f"packed_attention: expected at least one head and one channel, got query "
+            f"{list(query.shape)} and key {list(key.shape)}"
         )
     if query.shape[1] % key.shape[1]:
         raise ShapeError(
@@ -92,6 +102,8 @@ def _check(
         )
     check_device("packed_attention",
                  {"query": query, "key": key, "value": value, "cu_seqlens": cu_seqlens})
+    check_positive("packed_attention", scale=scale)
+    check_offsets("packed_attention", len(query), cu_seqlens=cu_seqlens)
     if not torch.compiler.is_compiling() and checks_values():
         longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
         if longest > max_seqlen:
@@ -122,6 +134,7 @@ def packed_attention(
         [N, Hq, C], dtype of query.
     Raises:
         ShapeError: when shapes or dtypes do not fit together.
+        ConfigError: when scale is not above 0.
         BackendUnavailableError: when a backend is named that cannot run.
     Cost: at most `MAX_PADDING` times the multiplications of the real tokens; one dense call per
         group of sequences of similar length.
@@ -132,7 +145,7 @@ def packed_attention(
         >>> packed_attention(x, x, x, cu, max_seqlen=2, scale=1.0).shape
         torch.Size([3, 1, 2])
     """
-    _check(query, key, value, cu_seqlens, max_seqlen, window)
+    _check(query, key, value, cu_seqlens, max_seqlen, scale, window)
     N, _, C = query.shape
     device = query.device
     if window is not None and window >= max_seqlen:

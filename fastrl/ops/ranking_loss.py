@@ -15,6 +15,7 @@ from fastrl.checks import (
     check_device,
     check_float,
     check_index,
+    check_offsets,
     check_positive,
     check_shape,
     check_values,
@@ -120,6 +121,7 @@ def _check(
                          f"{list(cu_groups.shape)}")
     if ties not in TIES:
         raise ConfigError(f"{op}: expected ties kept_pairs or all_pairs, got {ties!r}")
+    check_offsets(op, len(scores), cu_groups=cu_groups)
     check_values(op, scores=scores)
 
 

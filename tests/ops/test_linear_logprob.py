@@ -150,6 +150,8 @@ def test_bad_input() -> None:
     hidden, weight, token_ids = torch.ones(2, 3), torch.ones(5, 3), torch.tensor([0, 1])
     with pytest.raises(ShapeError, match=r"hidden \[M, D\] and weight \[V, D\], got \[2, 3\]"):
         linear_logprobs(hidden, torch.ones(5, 4), token_ids)
+    with pytest.raises(ShapeError, match="V at least 1, got"):
+        linear_logprobs(hidden, torch.ones(0, 3), token_ids)
     with pytest.raises(ShapeError, match=r"token_ids \[M\] with M = 2, got \[1\]"):
         linear_logprobs(hidden, weight, token_ids[:1])
     with pytest.raises(ShapeError, match=r"bias \[V\] with V = 5, got \[3\]"):

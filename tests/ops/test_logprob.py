@@ -78,6 +78,8 @@ def test_bad_input() -> None:
     logits, token_ids = torch.ones(2, 3), torch.tensor([0, 1])
     with pytest.raises(ShapeError, match=r"logits \[M, V\] and token_ids \[M\], got \[2, 3\] and"):
         gather_logprobs(logits, torch.tensor([0]))
+    with pytest.raises(ShapeError, match="V at least 1, got"):
+        gather_logprobs(logits[:, :0], token_ids)
     with pytest.raises(ShapeError, match="token_ids to be int64"):
         gather_logprobs(logits, token_ids.int())
     with pytest.raises(ConfigError, match="expected temperature above 0, got 0"):

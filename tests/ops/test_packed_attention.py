@@ -9,7 +9,7 @@ from fastrl_kernels.flash import packed_attention as flash
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from fastrl.errors import BackendUnavailableError, ShapeError
+from fastrl.errors import BackendUnavailableError, ConfigError, ShapeError
 from fastrl.ops.packed_attention import (
     kernel_limits,
     packed_attention,
@@ -235,6 +235,8 @@ def test_groups_waste_at_most_a_quarter() -> None:
         ({"query": torch.zeros(5, 2, 8)}, "differ in tokens"),
         ({"query": torch.zeros(4, 3, 8)}, "not a multiple"),
         ({"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}, "cu_seqlens"),
+        ({"query": torch.zeros(4, 2, 8).bfloat16()}, "of one floating type"),
+        ({"key": torch.zeros(4, 0, 8), "value": torch.zeros(4, 0, 8)}, "at least one head"),
         ({"window": 0}, "at least 1"),
         ({"max_seqlen": 0}, "at least 1"),
     ],
@@ -245,3 +247,9 @@ def test_bad_input(change: dict[str, object], message: str) -> None:
                  "max_seqlen": 4, "scale": 1.0, "window": None} | change
     with pytest.raises(ShapeError, match=message):
         packed_attention(**arguments)
+
+
+def test_bad_scale() -> None:
+    x = torch.zeros(4, 2, 8)
+    with pytest.raises(ConfigError, match="scale above 0, got 0"):
+        packed_attention(x, x, x, torch.tensor([0, 4]), max_seqlen=4, scale=0)
