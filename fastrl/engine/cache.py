@@ -1,12 +1,14 @@
 """The paged KV cache: one tensor of pages, a free list and a reference count per page."""
 
 import heapq
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastrl.engine.batch import upload
+from fastrl.errors import ConfigError
 from fastrl.models.spec import ModelSpec
 from fastrl.ops import copy_pages
 
@@ -33,10 +35,15 @@ class KVCache:
         device: torch.device,
     ) -> None:
         self.page_size = page_size
-        self.kv_pages: Tensor = torch.zeros(
-            num_pages, spec.num_layers, 2, page_size, spec.num_kv_heads, spec.head_dim,
-            dtype=dtype, device=device,
-        )
+        shape = (num_pages, spec.num_layers, 2, page_size, spec.num_kv_heads, spec.head_dim)
+        try:
+            self.kv_pages: Tensor = torch.zeros(shape, dtype=dtype, device=device)
+        except RuntimeError as error:
+            gib = math.prod(shape) * dtype.itemsize / 2**30
+            raise ConfigError(
+                f"num_pages: expected a cache that fits in the memory of {device}, got {num_pages} "
+                f"pages of {page_size} tokens, {gib:.1f} GiB; lower num_pages, max_batch_size or "
+                "max_new_tokens") from error
         """[num_pages, L, 2, page_size, Hk, C]; begins as zeros, so that no slot ever holds NaN."""
         self._free = list(range(num_pages))  # a heap: the lowest pages stay together
         self._references = [0] * num_pages

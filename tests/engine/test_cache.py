@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastrl.engine.cache import KVCache, pages_for
+from fastrl.errors import ConfigError
 from fastrl.models import ModelSpec
 
 SPEC = ModelSpec(architecture="llama", num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -35,6 +36,11 @@ def test_a_page_is_free_when_its_last_holder_releases_it() -> None:
     cache.release(pages[:2])
     assert cache.num_free == 6
     cache.check([])
+
+
+def test_a_cache_that_does_not_fit_names_its_size() -> None:
+    with pytest.raises(ConfigError, match=r"num_pages: .* of cpu, got 1000000000000000 pages"):
+        _cache(num_pages=10**15)
 
 
 def test_misuse_is_caught() -> None:
