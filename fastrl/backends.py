@@ -105,7 +105,7 @@ def choose(
         if refusal is not None:
             works = [name for name in (*BACKENDS, *LIBRARIES)
                      if refusal_of(name, _interpreted()) is None]
-            raise _unavailable(op, requested, refusal, works)
+            raise _unavailable(op, requested, refusal, works, _reach(backend))
         return requested
     refusals: dict[str, str] = {}
     for name in preference:
@@ -172,9 +172,18 @@ def _requested(backend: str | None) -> str:
     return _known(os.environ.get("FASTRL_BACKEND") or "auto", "FASTRL_BACKEND")
 
 
+def _reach(backend: str | None) -> str:
+    """What to know of a name that was given for every operation at once; "" for an argument."""
+    if backend is not None:
+        return ""
+    origin = "FASTRL_BACKEND" if _current.get() is None else "use_backend"
+    return (f" {origin} asks it of every operation; backend= of a call asks it of one, and "
+            "`fastrl doctor` shows who has it.")
+
+
 def _known(name: str, origin: str) -> str:
     if name not in NAMES:
-        raise ConfigError(f"{origin}: expected one of {', '.join(NAMES)}, got {name!r}")
+        raise ConfigError(f"{origin}: expected one of {', '.join(NAMES)}, got {name!r}; change it")
     return name
 
 
@@ -204,7 +213,7 @@ def _refusal(
             "the extension fastrl_kernels._C is not built",
             "Build it with FASTRL_BUILD_CUDA=1 pip install --no-build-isolation .",
         )
-    if device_type != "cuda" and not (backend == "triton" and interpreted):
+    if device_type != "cuda" and not (backend == "triton" and interpreted and device_type == "cpu"):
         return _Refusal(f"the tensors are on {device_type}", "Move them to a GPU")
     module = importlib.import_module(f"fastrl_kernels.{backend}.{kernel}")
     reason = module.supports(device_type, dtype)
@@ -212,13 +221,13 @@ def _refusal(
 
 
 def _unavailable(
-    op: str, backend: str, refusal: _Refusal, works: list[str]
+    op: str, backend: str, refusal: _Refusal, works: list[str], reach: str
 ) -> BackendUnavailableError:
-    """The error for a named backend: reason, remedy, and what would work."""
+    """The error for a named backend: reason, remedy, what would work, and whom the name reaches."""
     remedy = f"{refusal.remedy}, or use" if refusal.remedy else "Use"
     return BackendUnavailableError(
         f"{op}: backend {backend!r} cannot run here: {refusal.reason}. {remedy} a backend that "
-        f"would work: {', '.join(works)}."
+        f"would work: {', '.join(works)}.{reach}"
     )
 
 

@@ -92,6 +92,8 @@ def machine_facts(device: "torch.device") -> Iterator[tuple[str, str]]:
     else:
         yield "GPU", "none in use"
     found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    if named := os.environ.get("FASTRL_BACKEND"):
+        yield "FASTRL_BACKEND", f"{named}, for every operation, whatever auto would take"
     yield "C++ compiler", found or "none (needed only to build the CUDA extension)"
     yield "CUDA compiler", shutil.which("nvcc") or "none (needed only to build the CUDA extension)"
 

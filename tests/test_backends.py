@@ -64,6 +64,16 @@ def test_a_named_backend_never_falls_back(backend: str) -> None:
                        f"{backend} kernel for it. Use a backend that would work: torch.")
 
 
+def test_a_name_for_every_operation_says_where_it_came_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FASTRL_BACKEND", "triton")
+    with pytest.raises(BackendUnavailableError, match="FASTRL_BACKEND asks it of every operation"):
+        pick()
+    with use_backend("cuda"), pytest.raises(BackendUnavailableError, match="use_backend asks it"):
+        pick()
+
+
 def test_unknown_names_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="backend: expected one of auto, cuda, triton, torch"):
         pick("numba")
@@ -104,6 +114,8 @@ def test_cpu_tensors_get_triton_only_by_name_and_interpreted(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert pick_made_up("triton") == "triton"
     assert pick_made_up() == "torch"
+    with pytest.raises(BackendUnavailableError, match="the tensors are on meta"):
+        pick_made_up("triton", device_type="meta")
 
 
 def test_sizes_can_rule_a_backend_out(kernel: ModuleType) -> None:

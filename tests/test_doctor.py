@@ -8,7 +8,14 @@ import torch
 import fastrl.doctor as doctor
 from fastrl import cli
 from fastrl.console import Console
-from fastrl.doctor import DoctorRun, SelfCheck, examine, package_rows, self_check
+from fastrl.doctor import (
+    DoctorRun,
+    SelfCheck,
+    examine,
+    machine_facts,
+    package_rows,
+    self_check,
+)
 
 
 def test_self_check_generates_and_agrees() -> None:
@@ -40,6 +47,11 @@ def test_report_names_machine_packages_and_operations() -> None:
 def test_packages_that_are_missing_are_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "OPTIONAL", {"no-such-package-here": "nothing"})
     assert ("no-such-package-here", "not installed", "nothing") in list(package_rows())
+
+
+def test_a_backend_for_every_operation_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRL_BACKEND", "torch")
+    assert dict(machine_facts(torch.device("cpu")))["FASTRL_BACKEND"].startswith("torch, for every")
 
 
 def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
