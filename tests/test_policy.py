@@ -202,6 +202,13 @@ def test_make_demo_and_make_test_do_everything_from_a_clean_clone() -> None:
     assert os.access(ROOT / ".ci/run", os.X_OK)
 
 
+def test_make_pins_what_the_interpreter_needs_and_compiles_everything_on_request() -> None:
+    test, aot = _commands_of_make("test"), _commands_of_make("aot")
+    assert '"triton==3.6.0"' in test and "-c constraints.txt" in test
+    assert "numpy<2.4" in (ROOT / "constraints.txt").read_text().splitlines()
+    assert "FASTRL_AOT=every" in aot and aot.rstrip().endswith("tests/kernels/test_aot.py")
+
+
 def test_requirements_are_the_documented_ones() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == ">=3.11" and project["name"] == "fastrl-engine"
