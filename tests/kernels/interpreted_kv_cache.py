@@ -122,12 +122,14 @@ def test_the_trainer_gets_the_same_bits(kind: str) -> None:
 def test_write_kv() -> None:
     for dtype in FLOORS:
         merged = torch.randn(6, 9, 5).to(dtype)
-        pages = new_pages(3, 5, dtype=dtype)
-        expected = pages.clone()
-        for function, target, options in ((write_kv, pages, {"backend": "triton"}),
-                                          (write_kv_reference, expected, {})):
-            function(merged[:, 3:6], merged[:, 6:], target, 2, torch.tensor(SLOTS), **options)
-        assert torch.equal(pages, expected)
+        other = torch.randn(3, 6, 7).to(dtype).transpose(0, 1)[..., 1:6]  # strides of its own
+        for key, value in ((merged[:, 3:6], merged[:, 6:]), (merged[:, 3:6], other),
+                           (other, merged[:, 6:])):
+            pages = new_pages(3, 5, dtype=dtype)
+            expected = pages.clone()
+            write_kv(key, value, pages, 2, torch.tensor(SLOTS), backend="triton")
+            write_kv_reference(key, value, expected, 2, torch.tensor(SLOTS))
+            assert torch.equal(pages, expected)
 
 
 def test_nothing_happens_to_queries_without_norms_and_rotation() -> None:

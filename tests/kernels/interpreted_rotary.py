@@ -78,6 +78,8 @@ def test_not_contiguous(name: str) -> None:
     assert_as_good_as_torch(name, spread)
     transposed = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (query, key)]
     assert_as_good_as_torch(name, [*transposed, *others])
+    assert_as_good_as_torch(name, [transposed[0], key, *others])  # each with strides of its own
+    assert_as_good_as_torch(name, [query, transposed[1], *others])
     assert_as_good_as_torch(name, [query[:1].expand(3, -1, -1), key, *others])
     same_angles = [x[:1].expand(3, 1, 8) for x in others[-2:]]
     assert_as_good_as_torch(name, [query, key, *others[:-2], *same_angles])
@@ -109,8 +111,9 @@ def test_one_output_without_a_gradient(name: str, which: int) -> None:
         torch.testing.assert_close(ours, expected.expand_as(ours), rtol=1e-5, atol=1e-5)
 
 
-def test_norms_round_as_rms_norm_does_and_the_rotation_once() -> None:
-    query, key, *weights, cos, sin = inputs("qk_norm_rotary", dtype=torch.float16)
+@pytest.mark.parametrize("R", [16, 6])
+def test_norms_round_as_rms_norm_does_and_the_rotation_once(R: int) -> None:
+    query, key, *weights, cos, sin = inputs("qk_norm_rotary", N=9, R=R, dtype=torch.float16)
     both = qk_norm_rotary(query, key, *weights, cos, sin, epsilon=EPSILON, backend="triton")
     normed = [rms_norm(x, weight, epsilon=EPSILON, backend="triton")
               for x, weight in zip((query, key), weights, strict=True)]

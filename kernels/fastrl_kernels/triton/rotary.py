@@ -91,7 +91,6 @@ def turn_heads(  # type: ignore[no-untyped-def]
                     weight_ptr, others, num_turning, num_channels)
         is_stored = is_head & is_written
         if HAS_ROTARY:
-            # Which product is rounded is written down, so that no compiler chooses.
             store_part(out, is_stored, pairs, 0, half, tl.fma(first, cos, -(second * sin)))
             store_part(out, is_stored, pairs, half, num_turning, tl.fma(second, cos, first * sin))
         if HAS_REST:
@@ -248,6 +247,8 @@ def head_settings(num_channels: int, num_turning: int) -> dict[str, Any]:
         "BLOCK_REST": block_rest, "BLOCK_H": max(1, TILE // width),
         # Without a bound on registers ptxas aims lower, and spills two of them.
         "num_warps": 8 if has_rest else 4, "maxnreg": 128,
+        # The trainer's kernel and the engine's must not differ in which products are fused.
+        "enable_fp_fusion": False,
     }
 
 
