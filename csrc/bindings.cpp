@@ -318,6 +318,7 @@ void run_write_kv(const std::optional<Tensor> query, const Tensor key, const Ten
     arguments.type = float_type(op, "kv_pages", kv_pages);
     arguments.num_tokens = num_tokens, arguments.layer = layer;
     arguments.num_layers = kv_pages.size(1), arguments.page_size = kv_pages.size(3);
+    arguments.num_slots = kv_pages.size(0) * kv_pages.size(3);
     arguments.num_channels = static_cast<int>(num_channels);
     arguments.half = static_cast<int>(half), arguments.epsilon = static_cast<float>(epsilon);
     const DeviceGuard guard(kv_pages.get_device_index());
@@ -333,7 +334,7 @@ void run_copy_pages(const Tensor kv_pages, const Tensor sources, const Tensor ta
     const int64_t item = float_type(op, "kv_pages", kv_pages) == FloatType::float32 ? 4 : 2;
     const DeviceGuard guard(kv_pages.get_device_index());
     finish(op, copy_pages(
-        kv_pages.data_ptr(), kv_pages.size(0) == 0 ? 0 : kv_pages.stride(0) * item,
+        kv_pages.data_ptr(), kv_pages.size(0), kv_pages.size(0) == 0 ? 0 : kv_pages.stride(0) * item,
         static_cast<const int64_t*>(
             data(op, "sources", sources, ScalarType::Long, count, kv_pages)),
         static_cast<const int64_t*>(

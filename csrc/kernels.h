@@ -125,6 +125,7 @@ struct WriteKVArguments {
     FloatType type;
     int64_t num_tokens;
     int64_t layer;
+    int64_t num_slots;
     int64_t num_layers;
     int64_t page_size;
     int num_channels;
@@ -134,8 +135,9 @@ struct WriteKVArguments {
 
 const char* write_kv(const WriteKVArguments& arguments, Launch launch);
 
-// sources and targets [count]: pages of page_bytes, no target twice and none a source.
-const char* copy_pages(void* kv_pages, int64_t page_bytes, const int64_t* sources,
+// sources and targets [count]: pages of page_bytes, no target twice and none a source; pages that
+// are not among the num_pages are left out, as are slots of write_kv.
+const char* copy_pages(void* kv_pages, int64_t num_pages, int64_t page_bytes, const int64_t* sources,
                        const int64_t* targets, int64_t count, Launch launch);
 
 }  // namespace fastrl

@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(THREADS) write_kv_kernel(const WriteKVArgument
         rstd = inverse_rms(squares, a.num_channels, a.epsilon);
     }
     const int64_t slot = a.slots[token];
-    if (!exists || (!is_query && slot < 0)) return;
+    if (!exists || (!is_query && (slot < 0 || slot >= a.num_slots))) return;
     T* target = static_cast<T*>(a.query_out) +
                 (token * a.query.num_heads + number) * a.num_channels;
     if (!is_query) {
@@ -121,10 +121,12 @@ __global__ void __launch_bounds__(THREADS) write_kv_kernel(const WriteKVArgument
 
 template <typename Word>
 __global__ void __launch_bounds__(THREADS)
-    copy_pages_kernel(Word* kv_pages, int64_t page_words, const int64_t* sources,
-                      const int64_t* targets) {
-    const Word* source = kv_pages + sources[blockIdx.x] * page_words;
-    Word* target = kv_pages + targets[blockIdx.x] * page_words;
+    copy_pages_kernel(Word* kv_pages, int64_t num_pages, int64_t page_words,
+                      const int64_t* sources, const int64_t* targets) {
+    const int64_t from = sources[blockIdx.x], to = targets[blockIdx.x];
+    if (from < 0 || from >= num_pages || to < 0 || to >= num_pages) return;
+    const Word* source = kv_pages + from * page_words;
+    Word* target = kv_pages + to * page_words;
     const int64_t first = int64_t{blockIdx.y} * (THREADS * COPIES) + threadIdx.x;
     Word words[COPIES];
 #pragma unroll
@@ -150,14 +152,14 @@ void launch_write(const WriteKVArguments& a, cudaStream_t stream) {
 }
 
 template <typename Word>
-void launch_copy(void* kv_pages, int64_t page_bytes, const int64_t* sources,
+void launch_copy(void* kv_pages, int64_t num_pages, int64_t page_bytes, const int64_t* sources,
                  const int64_t* targets, int64_t count, cudaStream_t stream) {
     const int64_t page_words = page_bytes / static_cast<int64_t>(sizeof(Word));
     const int64_t per_block = THREADS * COPIES;
     const dim3 grid(static_cast<unsigned>(count),
                     static_cast<unsigned>((page_words + per_block - 1) / per_block));
-    copy_pages_kernel<<<grid, THREADS, 0, stream>>>(static_cast<Word*>(kv_pages), page_words,
-                                                    sources, targets);
+    copy_pages_kernel<<<grid, THREADS, 0, stream>>>(static_cast<Word*>(kv_pages), num_pages,
+                                                    page_words, sources, targets);
 }
 
 }  // namespace
@@ -172,13 +174,15 @@ const char* write_kv(const WriteKVArguments& arguments, Launch launch) {
     return launch_error();
 }
 
-const char* copy_pages(void* kv_pages, int64_t page_bytes, const int64_t* sources,
-                       const int64_t* targets, int64_t count, Launch launch) {
+const char* copy_pages(void* kv_pages, int64_t num_pages, int64_t page_bytes,
+                       const int64_t* sources, const int64_t* targets, int64_t count,
+                       Launch launch) {
     if (count == 0 || page_bytes == 0) return nullptr;
     cudaSetDevice(launch.device);
     const bool is_wide = page_bytes % 16 == 0 && reinterpret_cast<uintptr_t>(kv_pages) % 16 == 0;
     const auto run = is_wide ? launch_copy<uint4> : launch_copy<uint16_t>;
-    run(kv_pages, page_bytes, sources, targets, count, static_cast<cudaStream_t>(launch.stream));
+    run(kv_pages, num_pages, page_bytes, sources, targets, count,
+        static_cast<cudaStream_t>(launch.stream));
     return launch_error();
 }
 

@@ -103,8 +103,13 @@ def check_values(op: str, mask: Tensor | None = None, **tensors: Tensor) -> None
                 "computed it (FASTRL_CHECK=1)")
 
 
-def check_range(op: str, num_values: int, *, lowest: int = 0, **tensors: Tensor) -> None:
+def check_range(
+    op: str, num_values: int, *, lowest: int = 0, mask: Tensor | None = None, **tensors: Tensor
+) -> None:
     """Where FASTRL_CHECK is 1, all integers lie from `lowest` to `num_values` - 1.
+
+    Args:
+        mask: Shape of the tensors, bool; False: may hold anything. None: all count.
 
     Raises:
         ShapeError: names the op, the argument, the value and where it is.
@@ -113,6 +118,8 @@ def check_range(op: str, num_values: int, *, lowest: int = 0, **tensors: Tensor)
         return
     for name, tensor in tensors.items():
         bad = (tensor < lowest) | (tensor >= num_values)
+        if mask is not None:
+            bad &= mask
         if bad.any():
             place = bad.nonzero()[0].tolist()
             raise ShapeError(

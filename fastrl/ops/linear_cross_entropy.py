@@ -25,6 +25,7 @@ from fastrl.ops.linear_logprob import (
     check_linear,
     chunk_slices,
     linear_logprobs_reference,
+    masked_to_zero,
 )
 from fastrl.ops.linear_policy_loss import Gradients, KnownGradients, new_gradients
 
@@ -46,6 +47,7 @@ def linear_cross_entropy_reference(
     """linear_cross_entropy in plain torch, with all logits in memory and autograd behind them."""
     if loss_mask is not None:
         hidden = hidden.masked_fill(~loss_mask[:, None], 0.0)
+    token_ids = masked_to_zero(token_ids, loss_mask)
     logprobs, _ = linear_logprobs_reference(hidden, weight, token_ids, bias=bias,
                                             temperature=temperature)
     return _token_losses(logprobs, _weights(loss_mask, token_weights, logprobs)).sum() / denominator
@@ -75,6 +77,7 @@ def _losses_and_gradients(
     """The tokens' losses [M], and the gradients of their sum by z, through to the inputs."""
     dtype = wide_dtype(hidden.dtype)
     wide_weight, wide_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    token_ids = masked_to_zero(token_ids, loss_mask)
     logprobs = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
     weights = _weights(loss_mask, token_weights, logprobs)
     gradients = new_gradients(hidden, weight, bias, dtype, needs)

@@ -48,6 +48,11 @@ def linear_logprobs_reference(
     return gather_logprobs_reference(logits, token_ids, temperature=temperature)
 
 
+def masked_to_zero(token_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Token ids with 0 in masked rows, which may hold anything: -100 is a habit."""
+    return token_ids if mask is None else token_ids.masked_fill(~mask, 0)
+
+
 def check_linear(
     op: str, hidden: Tensor, weight: Tensor, token_ids: Tensor, bias: Tensor | None,
     temperature: float, chunk_tokens: int | None, mask: Tensor | None = None,
@@ -60,7 +65,7 @@ def check_linear(
     check_index(op, token_ids=token_ids)
     check_device(op, {"hidden": hidden, "token_ids": token_ids})
     check_positive(op, temperature=temperature, chunk_tokens=chunk_tokens)
-    check_range(op, weight.shape[0], token_ids=token_ids)
+    check_range(op, weight.shape[0], mask=mask, token_ids=token_ids)
 
 
 def check_head(

@@ -32,6 +32,7 @@ from fastrl.ops.linear_logprob import (
     chunk_slices,
     linear_logprobs_reference,
     logits_gradient,
+    masked_to_zero,
 )
 from fastrl.ops.policy_loss import MAX_LOG_RATIO, PolicyStats, token_losses
 
@@ -55,6 +56,7 @@ def linear_policy_loss_reference(
 ) -> tuple[Tensor, PolicyStats]:
     """linear_policy_loss in plain torch, with all logits in memory and autograd behind them."""
     hidden = hidden.masked_fill(~loss_mask[:, None], 0.0)
+    token_ids = masked_to_zero(token_ids, loss_mask)
     logprobs, entropy = linear_logprobs_reference(hidden, weight, token_ids, bias=bias,
                                                   temperature=temperature)
     losses, stats = token_losses(logprobs, old_logprobs, advantages, loss_mask, clip_range, entropy)
@@ -267,7 +269,8 @@ def linear_policy_loss(
             hidden, weight, token_ids, old_logprobs, advantages, loss_mask, bias=bias,
             **coefficients._asdict(), max_log_ratio=MAX_LOG_RATIO, chunk_tokens=chunk_tokens)
         return loss, PolicyStats(*sums.unbind())
-    tokens = _Rows(hidden, token_ids, old_logprobs, advantages, loss_mask)
+    tokens = _Rows(hidden, masked_to_zero(token_ids, loss_mask), old_logprobs, advantages,
+                   loss_mask)
     is_recording = torch.is_grad_enabled()
     needs = (is_recording and hidden.requires_grad, is_recording and weight.requires_grad,
              is_recording and bias is not None and bias.requires_grad)

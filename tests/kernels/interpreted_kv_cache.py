@@ -163,6 +163,19 @@ def test_no_tokens_and_no_slots() -> None:
     assert query.shape == (0, 4, 16)
 
 
+def test_slots_and_pages_outside_the_arena_write_nothing() -> None:
+    arena = new_pages(2, 16)
+    inside, before = arena[1:3], arena.clone()
+    heads, options = heads_and_options("both")
+    num_slots = inside.shape[0] * inside.shape[3]
+    slots = torch.tensor([num_slots, -1, -2, num_slots + 5, num_slots, num_slots])
+    rotary_write_kv(heads, inside, 0, slots, **options, epsilon=1e-6, backend="triton")
+    write_kv(heads[:, :2], heads[:, 2:4], inside, 0, slots, backend="triton")
+    copy_pages(inside, torch.tensor([0, 2, -1, 0]), torch.tensor([2, 0, 1, -1]), backend="triton")
+    assert torch.equal(arena.view(torch.int32), before.view(torch.int32))
+    write_kv(heads[:0, :2], heads[:0, 2:4], arena[:0], 0, slots[:0], backend="triton")
+
+
 def test_offsets_are_wide() -> None:
     """The last slot of an arena of 2^33 slots, which is too large to be allocated here."""
     @triton.jit

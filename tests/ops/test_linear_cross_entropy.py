@@ -28,6 +28,17 @@ def gradients(function, hidden: Tensor, weight: Tensor, bias: Tensor, token_ids:
     return [loss, *torch.autograd.grad(3 * loss, (hidden, weight, bias))]
 
 
+def test_a_masked_token_id_may_be_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRL_CHECK", "1")
+    hidden, weight, bias, token_ids = inputs()
+    mask = torch.arange(M) % 3 > 0
+    for function in (linear_cross_entropy, linear_cross_entropy_reference):
+        expected = gradients(function, hidden, weight, bias, token_ids, mask)
+        for other in (-100, V, 2**40):
+            got = gradients(function, hidden, weight, bias, token_ids.where(mask, other), mask)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_by_hand() -> None:
     """Odds 1 : 2 : 1 and 2 : 1 : 1, weights 1 and 3, over 2; the last token does not count."""
     log2 = math.log(2)

@@ -40,6 +40,18 @@ class Case:
         return torch.autograd.grad(loss, (self.hidden, self.weight, self.bias))
 
 
+def test_a_masked_token_id_may_be_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRL_CHECK", "1")
+    case = Case()
+    for function in (linear_policy_loss, linear_policy_loss_reference):
+        expected = case.gradients(case.run(function)[0])
+        kept = case.token_ids
+        case.token_ids = kept.where(case.loss_mask, -100)
+        got = case.gradients(case.run(function)[0])
+        case.token_ids = kept
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def assert_same_stats(got: PolicyStats, expected: PolicyStats) -> None:
     for name in expected.__dataclass_fields__:
         torch.testing.assert_close(getattr(got, name), getattr(expected, name))

@@ -37,11 +37,11 @@ def kv_place(  # type: ignore[no-untyped-def]
     return (row * num_heads + head) * num_channels
 
 
-@triton.jit(do_not_specialize=["layer"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["layer", "num_slots"])  # type: ignore[untyped-decorator]
 def _write_kv_kernel(  # type: ignore[no-untyped-def]
     query_ptr, key_ptr, value_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, slots_ptr,
-    q_out_ptr, kv_pages_ptr, layer, num_layers, page_size, num_q_heads, num_kv_heads, num_turning,
-    num_channels, epsilon, stride_query_n, stride_query_h, stride_key_n, stride_key_h,
+    q_out_ptr, kv_pages_ptr, layer, num_slots, num_layers, page_size, num_q_heads, num_kv_heads,
+    num_turning, num_channels, epsilon, stride_query_n, stride_query_h, stride_key_n, stride_key_h,
     stride_value_n, stride_value_h, stride_cos_n, stride_sin_n, stride_slots,
     HAS_NORM: tl.constexpr, HAS_ROTARY: tl.constexpr, HAS_REST: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
@@ -52,6 +52,7 @@ def _write_kv_kernel(  # type: ignore[no-untyped-def]
     num_q_tiles = tl.cdiv(num_q_heads, BLOCK_H)
     num_kv_tiles = tl.cdiv(num_kv_heads, BLOCK_H)
     slot = tl.load(slots_ptr + token * stride_slots)
+    is_written = (slot >= 0) & (slot < num_slots)
     pairs = tl.arange(0, BLOCK_HALF)
     cos = load_angles(cos_ptr, token, stride_cos_n, pairs, num_turning // 2)
     sin = load_angles(sin_ptr, token, stride_sin_n, pairs, num_turning // 2)
@@ -68,27 +69,28 @@ def _write_kv_kernel(  # type: ignore[no-untyped-def]
         turn_heads(key_ptr + token * stride_key_n + first.to(tl.int64) * stride_key_h,
                    kv_pages_ptr + place, k_weight_ptr,
                    tl.minimum(num_kv_heads - first, BLOCK_H), stride_key_h, num_channels, cos, sin,
-                   num_turning, num_channels, epsilon, slot >= 0, HAS_NORM, HAS_ROTARY, HAS_REST,
+                   num_turning, num_channels, epsilon, is_written, HAS_NORM, HAS_ROTARY, HAS_REST,
                    BLOCK_H, BLOCK_HALF, BLOCK_REST)
     else:
         first = (tile - num_q_tiles - num_kv_tiles) * BLOCK_H
         place = kv_place(slot, layer, 1, num_layers, page_size, num_kv_heads, first, num_channels)
         turn_heads(value_ptr + token * stride_value_n + first.to(tl.int64) * stride_value_h,
                    kv_pages_ptr + place, k_weight_ptr, tl.minimum(num_kv_heads - first, BLOCK_H),
-                   stride_value_h, num_channels, cos, sin, 0, num_channels, epsilon, slot >= 0,
+                   stride_value_h, num_channels, cos, sin, 0, num_channels, epsilon, is_written,
                    False, False, True, BLOCK_H, 1, BLOCK_C)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _copy_pages_kernel(  # type: ignore[no-untyped-def]
-    kv_pages_ptr, sources_ptr, targets_ptr, page_numel, stride_sources, stride_targets,
+    kv_pages_ptr, sources_ptr, targets_ptr, num_pages, page_numel, stride_sources, stride_targets,
     BLOCK: tl.constexpr,
 ):
     fork = tl.program_id(0).to(tl.int64)
     places = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     source = tl.load(sources_ptr + fork * stride_sources)
     target = tl.load(targets_ptr + fork * stride_targets)
-    is_inside = places < page_numel
+    exists = (source >= 0) & (source < num_pages) & (target >= 0) & (target < num_pages)
+    is_inside = exists & (places < page_numel)
     page = tl.load(kv_pages_ptr + source * page_numel + places, mask=is_inside)
     tl.store(kv_pages_ptr + target * page_numel + places, page, mask=is_inside)
 
@@ -115,7 +117,8 @@ def write_heads(
         _write_kv_kernel[grid](
             query, key, value, key if q_weight is None else q_weight.contiguous(),
             key if k_weight is None else k_weight.contiguous(), *angles, slot_mapping, q_out,
-            kv_pages, layer, kv_pages.shape[1], kv_pages.shape[3], num_q_heads, num_kv_heads,
+            kv_pages, layer, kv_pages.shape[0] * kv_pages.shape[3], kv_pages.shape[1],
+            kv_pages.shape[3], num_q_heads, num_kv_heads,
             num_turning, num_channels, epsilon, query.stride(0), query.stride(1), key.stride(0),
             key.stride(1), value.stride(0), value.stride(1), angles[0].stride(0),
             angles[1].stride(0), slot_mapping.stride(0), HAS_NORM=q_weight is not None,
@@ -168,11 +171,11 @@ def _(*arguments: object) -> None:
 
 def copy_blocks(kv_pages: Tensor, sources: Tensor, targets: Tensor) -> None:
     """The one launch of copy_pages."""
-    page_numel = kv_pages[0].numel()
-    if len(sources) > 0:
+    page_numel = kv_pages[:1].numel()
+    if len(sources) > 0 and page_numel > 0:
         _copy_pages_kernel[(len(sources), triton.cdiv(page_numel, PAGE_BLOCK))](
-            kv_pages, sources, targets, page_numel, sources.stride(0), targets.stride(0),
-            BLOCK=PAGE_BLOCK, num_warps=8,
+            kv_pages, sources, targets, len(kv_pages), page_numel, sources.stride(0),
+            targets.stride(0), BLOCK=PAGE_BLOCK, num_warps=8,
         )
 
 
@@ -224,14 +227,15 @@ def aot_cases(every: bool = False) -> list[AotCase]:
         types = {**{f"{x}_ptr": f"*{dtype}{aligned}" for x in tensors},
                  **dict.fromkeys((*strides, "stride_cos_n", "stride_sin_n", "num_turning",
                                   "num_channels", "page_size"), f"i32{aligned}"),
-                 **dict.fromkeys(("layer", "num_layers", "num_q_heads", "num_kv_heads"), "i32"),
+                 **dict.fromkeys(("layer", "num_slots", "num_layers", "num_q_heads",
+                                  "num_kv_heads"), "i32"),
                  "slots_ptr": "*i64", "epsilon": "fp32"}
         cases.append((_write_kv_kernel, types, {
             "stride_slots": 1, "HAS_NORM": has_norm, **head_settings(channels, turning),
             "BLOCK_C": triton.next_power_of_2(channels)}))
     cases += [(_copy_pages_kernel,
                {"kv_pages_ptr": f"*{dtype}:16", "sources_ptr": "*i64", "targets_ptr": "*i64",
-                "page_numel": "i32:16"},
+                "num_pages": "i32", "page_numel": "i32:16"},
                {"stride_sources": 1, "stride_targets": 1, "BLOCK": PAGE_BLOCK, "num_warps": 8})
               for dtype in DTYPES]
     return cases
