@@ -1,6 +1,7 @@
 """csrc/ without a GPU: its arithmetic on the CPU, its compilation, its import."""
 
 import ctypes
+import fcntl
 import math
 import os
 import re
@@ -565,17 +566,29 @@ def test_every_registered_op_is_given_to_opcheck() -> None:
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The extension, built as an installation does: `library` is its file, `report` nvcc's."""
+    """The extension, built as an installation does: `library` is its file, `report` nvcc's.
+
+    Built once, also where pytest-xdist gives the tests of this file to several processes.
+    """
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
-    folder = tmp_path_factory.mktemp("build")
-    environment = {k: v for k, v in os.environ.items() if k != "TORCH_CUDA_ARCH_LIST"}
-    done = subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "lib"),
-         "--build-temp", str(folder / "temp")],
-        cwd=ROOT, env={**environment, "FASTRL_BUILD_CUDA": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return SimpleNamespace(library=folder / "lib/fastrl_kernels/_C.abi3.so", report=done.stdout)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of all workers of this run
+    report, library = folder / "build/report", folder / "build/lib/fastrl_kernels/_C.abi3.so"
+    report.parent.mkdir(exist_ok=True)
+    with (report.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not report.exists():
+            environment = {k: v for k, v in os.environ.items() if k != "TORCH_CUDA_ARCH_LIST"}
+            done = subprocess.run(
+                [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder / "build/lib"),
+                 "--build-temp", str(folder / "build/temp")],
+                cwd=ROOT, env={**environment, "FASTRL_BUILD_CUDA": "1"}, capture_output=True,
+                text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            report.write_text(done.stdout)
+    return SimpleNamespace(library=library, report=report.read_text())
 
 
 @pytest.fixture
