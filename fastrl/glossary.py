@@ -148,7 +148,10 @@ GLOSSARY: dict[str, Term] = {
     "time/scoring_s": Term(
         "Seconds spent on the reference, the critic, the scores and the log-prob check.",
         ("verl: timing_s/ref + values + reward",)),
-    "time/update_s": Term("Seconds spent in optimiser steps.", ("verl: timing_s/update_actor",)),
+    "time/policy_update_s": Term("Seconds spent in the policy's minibatches.",
+                                 ("verl: timing_s/update_actor",)),
+    "time/critic_update_s": Term("Seconds spent in the critic's minibatches.",
+                                 ("verl: timing_s/update_critic",)),
     "throughput/tokens_per_s": Term(
         "Tokens processed per second of this step; in PPO, response tokens.",
         ("verl: perf/throughput",)),

@@ -217,11 +217,10 @@ class PPOTrainer:
             returns=returns,
         )
         metrics = batch_metrics(batch) | gap_metrics | self._coefficient_metrics(raw_scores)
-        with timer.phase("update"):
-            if not self._is_past_kl_ceiling(metrics["kl/policy_ref"]):
-                metrics |= self._update(batch)
-                if self._trains_policy:
-                    self.kl_controller.update(metrics["kl/policy_ref"], rollout.batch_size)
+        if not self._is_past_kl_ceiling(metrics["kl/policy_ref"]):
+            metrics |= self._update(batch, timer)
+            if self._trains_policy:
+                self.kl_controller.update(metrics["kl/policy_ref"], rollout.batch_size)
 
         # publish
         self.engine.weights_changed()
@@ -279,23 +278,35 @@ class PPOTrainer:
         logger.warning("PPO stops: %s", self.stop_reason)
         return True
 
-    def _update(self, batch: PPOBatch) -> dict[str, float]:
-        """Inner epochs x minibatches: one optimiser step of policy and critic for each."""
-        config, done, num_steps = self.config, list[dict[str, float]](), 0
-        for number, rows in enumerate(self._minibatches(batch.rollout.batch_size)):
-            metrics: dict[str, float] = {}
+    def _update(self, batch: PPOBatch, timer: PhaseTimer) -> dict[str, float]:
+        """Inner epochs x minibatches, one optimiser step each: the policy's, then the critic's.
+
+        The two models share nothing, so the numbers are those of steps in turns; but only one of
+        them is needed at a time. The critic sees as many minibatches as the policy learned from.
+        """
+        minibatches = list(self._minibatches(batch.rollout.batch_size))
+        metrics: dict[str, float] = {}
+        with timer.phase("policy_update"):
             if self._trains_policy:
-                metrics = backward_policy(self.policy, batch, rows, config,
-                                          measures_ratio=number == 0)
-                if config.max_approx_kl is not None and metrics["kl/approx"] > config.max_approx_kl:
-                    self.policy_optimizer.zero_grad()
-                    done.append({"kl/approx": metrics["kl/approx"]})
-                    break
-                metrics |= self._step_policy(rows, metrics)
-            metrics |= self._step_critic(batch, rows)
-            done.append(metrics)
-            num_steps += 1
-        return mean_by_name(done) | {"update/num_minibatches": float(num_steps)}
+                metrics, num_steps = self._update_policy(batch, minibatches)
+                minibatches = minibatches[:num_steps]
+        with timer.phase("critic_update"):
+            metrics |= mean_by_name([self._step_critic(batch, rows) for rows in minibatches])
+        return metrics | {"update/num_minibatches": float(len(minibatches))}
+
+    def _update_policy(
+        self, batch: PPOBatch, minibatches: Sequence[list[int]]
+    ) -> tuple[dict[str, float], int]:
+        """Steps of the policy until approximate KL is too large; metrics, and how many steps."""
+        config, done = self.config, list[dict[str, float]]()
+        for number, rows in enumerate(minibatches):
+            metrics = backward_policy(self.policy, batch, rows, config, measures_ratio=number == 0)
+            if config.max_approx_kl is not None and metrics["kl/approx"] > config.max_approx_kl:
+                self.policy_optimizer.zero_grad()
+                done.append({"kl/approx": metrics["kl/approx"]})
+                return mean_by_name(done), number
+            done.append(metrics | self._step_policy(rows, metrics))
+        return mean_by_name(done), len(minibatches)
 
     def _minibatches(self, batch_size: int) -> Iterator[list[int]]:
         """Rows of each minibatch of the iteration, in seeded order, every row once per epoch."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrl.config import EngineConfig, PPOConfig, SamplingConfig
+from fastrl.metrics import PhaseTimer
 from fastrl.models.causal_lm import CausalLM, ScalarModel, scalar_from_causal
 from fastrl.models.decoder import DecoderConfig, new_decoder
 from fastrl.trainers.ppo import PPOTrainer
@@ -82,7 +83,7 @@ def catch_batch(trainer: PPOTrainer) -> PPOBatch:
     """Run an iteration without its update and return what the update would have learned from."""
     caught: list[PPOBatch] = []
 
-    def catch(batch: PPOBatch) -> dict[str, float]:
+    def catch(batch: PPOBatch, timer: PhaseTimer) -> dict[str, float]:
         caught.append(batch)
         return {}
 

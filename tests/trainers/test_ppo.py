@@ -395,8 +395,8 @@ def test_run_folder_gets_metrics_and_samples(task: SimpleNamespace, tmp_path: Pa
     assert seen == [1, 2, 3]
     assert [row["step"] for row in rows] == [0, 2, 3]
     assert "eval/objective" in rows[0] and "loss/policy" not in rows[0]
-    assert {"time/rollout_s", "time/scoring_s", "time/update_s", "time/eval_s", "time/step_s",
-            "throughput/tokens_per_s"} <= timing[0].keys()
+    assert {"time/rollout_s", "time/scoring_s", "time/policy_update_s", "time/critic_update_s",
+            "time/eval_s", "time/step_s", "throughput/tokens_per_s"} <= timing[0].keys()
     names = {name for row in [*rows, *timing] for name in row} - {"step"}
     assert names <= GLOSSARY.keys()
     assert EXPECTED_METRICS <= names
