@@ -1,4 +1,4 @@
-"""The command line: `fastrl demo | sft | reward | ppo | run | generate | chat | doctor`.
+"""The command line: `fastrl demo | sft | reward | ppo | dpo | run | generate | chat | doctor`.
 
 Options come from the config dataclasses (`fastrl.options`). Nothing heavy is imported before the
 command line is known to be right, so that help and mistakes answer at once.
@@ -26,6 +26,7 @@ COMMANDS: dict[str, str] = {
     "sft": "Fine-tune a model on demonstrations",
     "reward": "Train a reward model on rankings",
     "ppo": "Optimise a model against a reward model, with PPO or PPO-ptx",
+    "dpo": "Optimise a model on rankings directly, with DPO or IPO",
     "run": "Run the stages of a recipe, skipping those that are finished",
     "generate": "Sample completions, as rows ready to be ranked",
     "chat": "Talk to a model in the terminal",
@@ -115,7 +116,7 @@ def _usage() -> str:
     return "\n".join([
         "usage: fastrl COMMAND [--name value ...]",
         "",
-        "Reinforcement learning from human feedback: SFT, reward model, PPO and PPO-ptx.",
+        "Reinforcement learning from human feedback: SFT, reward model, PPO, PPO-ptx and DPO.",
         "",
         "commands:",
         *(f"  {name:<{width}}  {sentence}" for name, sentence in COMMANDS.items()),
@@ -126,7 +127,7 @@ def _usage() -> str:
 
 
 def _stage(kind: str, parser: Parser, argv: list[str]) -> int:
-    """`fastrl sft | reward | ppo`: one stage from its settings."""
+    """`fastrl sft | reward | ppo | dpo`: one stage from its settings."""
     config, quiet = read_options(parser, RUN_TYPES[kind], argv)
 
     from fastrl.console import Console

@@ -1,8 +1,9 @@
 """Settings of every stage: frozen dataclasses, a sentence under each field, checks on creation.
 
-`SFTConfig`, `RewardConfig` and `PPOConfig` are what the trainers take. The `*Run` classes add the
-names (models, files, folders) that a command line or a recipe gives; `fastrl.pipeline` turns the
-names into objects. Values marked *paper* are those of Ouyang et al. 2022 (arXiv 2203.02155).
+`SFTConfig`, `RewardConfig`, `DPOConfig` and `PPOConfig` are what the trainers take. The `*Run`
+classes add the names (models, files, folders) that a command line or a recipe gives;
+`fastrl.pipeline` turns the names into objects. Values marked *paper* are those of Ouyang et al.
+2022 (arXiv 2203.02155).
 """
 
 import dataclasses
@@ -227,6 +228,45 @@ class RewardConfig(TrainConfig):
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
         _positive(self, ("batch_size", "num_epochs", "max_steps", "max_seq_tokens", "eval_steps"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DPOConfig(TrainConfig):
+    """Direct preference optimisation: a policy from rankings, without reward model and rollouts."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "linear"
+    """Shape after warmup."""
+    min_lr_ratio: float = 0.0
+    """Last learning rate as a share of the peak."""
+    batch_size: int = 64
+    """Prompts per optimiser step, each with all of its pairs."""
+    num_epochs: int = 1
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Stop after this many steps; None follows num_epochs."""
+    max_seq_tokens: int = 2048
+    """Longest prompt + completion; longer ones lose the beginning of the prompt, counted."""
+    dpo_beta: float = 0.1
+    """Strength of the pull towards the reference."""
+    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
+    """DPO's loss on sums of log-probs, or IPO's square on their means over tokens."""
+    label_smoothing: float = 0.0
+    """Share of the rankings taken to be wrong, from 0 to below 0.5; for sigmoid."""
+    reference: Literal["copy", "none"] = "copy"
+    """Measure log-probs against the reference's, or against nothing (reference-free)."""
+    eval_steps: int | None = None
+    """Evaluate every so many steps; None: only at the end."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        _positive(self, ("batch_size", "num_epochs", "max_steps", "max_seq_tokens", "dpo_beta",
+                         "eval_steps"))
+        check(0 <= self.label_smoothing < 0.5, "label_smoothing", "a share from 0 to below 0.5",
+              self.label_smoothing)
+        check(self.loss_type == "sigmoid" or self.label_smoothing == 0, "label_smoothing",
+              "0 with loss_type ipo", self.label_smoothing)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

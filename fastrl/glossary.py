@@ -55,6 +55,29 @@ GLOSSARY: dict[str, Term] = {
         "Mean distance between the predicted and the true share of wins on held-out pairs, over "
         "bins of the prediction."),
     "reward/bias": Term("The shift that gives demonstrations a mean reward of 0."),
+    # DPO
+    "loss/dpo": Term(
+        "Mean over prompts of the mean over pairs of the DPO (or IPO) loss of this step.",
+        ("TRL: loss", "OpenRLHF: loss")),
+    "loss/dpo_eval": Term("The same loss on the held-out rankings.", ("TRL: eval_loss",)),
+    "reward/chosen_mean": Term(
+        "Mean implicit reward of the better completions of this step's pairs: beta times their "
+        "log-prob over the reference's.",
+        ("TRL: rewards/chosen", "OpenRLHF: chosen_reward")),
+    "reward/rejected_mean": Term(
+        "Mean implicit reward of the worse completions of this step's pairs.",
+        ("TRL: rewards/rejected", "OpenRLHF: reject_reward")),
+    "reward/margin_mean_eval": Term("Mean of better score minus worse score on the held-out pairs.",
+                                    ("TRL: eval_rewards/margins",)),
+    "reward/chosen_mean_eval": Term("Mean implicit reward of the better held-out completions."),
+    "reward/rejected_mean_eval": Term("Mean implicit reward of the worse held-out completions."),
+    "logprob/chosen_mean": Term(
+        "Mean log-prob of the better completions, summed over their tokens (IPO: the mean over "
+        "them); it may fall while the margin grows.",
+        ("TRL: logps/chosen",)),
+    "logprob/rejected_mean": Term("The same of the worse completions.", ("TRL: logps/rejected",)),
+    "logprob/chosen_mean_eval": Term("The same of the better held-out completions."),
+    "logprob/rejected_mean_eval": Term("The same of the worse held-out completions."),
     # PPO: responses
     "reward/score_mean": Term(
         "Mean score of this iteration's responses, as the reward model or function gave it.",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastrl.config import (
+    DPOConfig,
     EngineConfig,
     PPOConfig,
     RewardConfig,
@@ -338,6 +339,36 @@ class PPORun(PPOConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DPORun(DPOConfig):
+    """DPO or IPO of a model folder on ranking files."""
+
+    model_name_or_path: str
+    """Folder of the model that DPO starts from."""
+    output_dir: str
+    """Folder of this run; it must not hold another run."""
+    data: tuple[str, ...]
+    """Rankings: rows with `chosen` + `rejected`, or `completions` with ranks."""
+    eval_data: tuple[str, ...] = ()
+    """Held-out rankings."""
+    eval_fraction: float = 0.05
+    """Share of the prompts held out when `eval_data` is empty; split by prompt, never by row."""
+    reference_model: str | None = None
+    """Folder of the reference; None: the model DPO starts from."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompt files; the first prompts are answered on screen while the stage trains."""
+    sample_steps: int | None = None
+    """Answer them every so many steps, and at the first and the last; None: never."""
+
+    def __post_init__(self) -> None:
+        DPOConfig.__post_init__(self)
+        _check_files(self, "data")
+        _check_positive(self, "sample_steps")
+        _check_fraction(self, "eval_fraction")
+        check(self.reference == "copy" or self.reference_model is None, "reference_model",
+              "none, because reference is 'none'", self.reference_model)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateRun:
     """Compare models on held-out prompts; writes `evaluation.json`, samples included."""
 
@@ -396,7 +427,7 @@ class EvaluateRun:
 
 
 StageRun = (PretrainRun | SFTRun | PromptsRun | RankRun | RewardRun | SelectRun | PPORun
-            | EvaluateRun)
+            | DPORun | EvaluateRun)
 
 RUN_TYPES: dict[str, type[StageRun]] = {
     "pretrain": PretrainRun,
@@ -406,6 +437,7 @@ RUN_TYPES: dict[str, type[StageRun]] = {
     "reward": RewardRun,
     "select": SelectRun,
     "ppo": PPORun,
+    "dpo": DPORun,
     "evaluate": EvaluateRun,
 }
 """Stage kinds of a recipe, and the settings of each."""

@@ -15,23 +15,30 @@ def pair(golden):
 
 
 def test_golden_value(golden):
-    loss, margins = dpo_loss(*pair(golden), dpo_beta=golden.DPO_BETA)
-    assert float(loss) == pytest.approx(golden.DPO_LOSS, abs=1e-6)
+    losses, margins = dpo_loss(*pair(golden), dpo_beta=golden.DPO_BETA)
+    assert float(losses) == pytest.approx(golden.DPO_LOSS, abs=1e-6)
     assert margins.tolist() == pytest.approx([golden.DPO_MARGIN])
 
 
 def test_label_smoothing_mixes_both_orders(golden):
-    loss, _ = dpo_loss(*pair(golden), dpo_beta=golden.DPO_BETA, label_smoothing=0.1)
-    assert float(loss) == pytest.approx(0.9 * 0.620957 + 0.1 * (0.620957 + 0.15), abs=1e-6)
+    losses, _ = dpo_loss(*pair(golden), dpo_beta=golden.DPO_BETA, label_smoothing=0.1)
+    assert float(losses) == pytest.approx(0.9 * 0.620957 + 0.1 * (0.620957 + 0.15), abs=1e-6)
 
 
 def test_gradient_raises_the_chosen_and_lowers_the_rejected():
     chosen, rejected = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
-    loss, _ = dpo_loss(chosen, rejected, torch.zeros(2), torch.zeros(2), dpo_beta=0.5)
-    loss.backward()
-    assert float(loss.detach()) == pytest.approx(math.log(2))
+    losses, _ = dpo_loss(chosen, rejected, torch.zeros(2), torch.zeros(2), dpo_beta=0.5)
+    losses.mean().backward()
+    assert losses.tolist() == pytest.approx([math.log(2)] * 2)
     assert chosen.grad.tolist() == [-0.125, -0.125]
     assert rejected.grad.tolist() == [0.125, 0.125]
+
+
+def test_ipo_pulls_the_log_ratio_to_half_of_one_over_beta(golden):
+    losses, margins = dpo_loss(*pair(golden), dpo_beta=golden.DPO_BETA, loss_type="ipo")
+    # h = (-10 + 11) - (-12 + 11.5) = 1.5, its target 1 / (2 * 0.1) = 5.
+    assert losses.tolist() == pytest.approx([3.5 ** 2])
+    assert margins.tolist() == pytest.approx([golden.DPO_MARGIN])
 
 
 def test_bad_input_is_refused():
@@ -42,3 +49,7 @@ def test_bad_input_is_refused():
         dpo_loss(one, one, one, one, dpo_beta=0.0)
     with pytest.raises(ConfigError, match="label_smoothing"):
         dpo_loss(one, one, one, one, label_smoothing=0.5)
+    with pytest.raises(ConfigError, match="sigmoid, or ipo"):
+        dpo_loss(one, one, one, one, loss_type="hinge")
+    with pytest.raises(ConfigError, match="ipo without label_smoothing"):
+        dpo_loss(one, one, one, one, loss_type="ipo", label_smoothing=0.1)

@@ -9,6 +9,7 @@ from fastrl.errors import ConfigError
 from fastrl.options import field_sentences
 from fastrl.runs import (
     RUN_TYPES,
+    DPORun,
     EvaluateRun,
     PPORun,
     PretrainRun,
@@ -27,6 +28,7 @@ REQUIRED = {
     RewardRun: {"model_name_or_path": "m", "data": ("c.jsonl",)},
     SelectRun: {"model_name_or_path": "m", "reward_model": "r", "prompts": ("p.jsonl",)},
     PPORun: {"model_name_or_path": "m", "reward_model": "r", "prompts": ("p.jsonl",)},
+    DPORun: {"model_name_or_path": "m", "data": ("c.jsonl",)},
     EvaluateRun: {"models": {"a": "m", "b": "n"}, "reference": "a", "prompts": ("p.jsonl",),
                   "labeler": "lexicon"},
 }
@@ -68,6 +70,9 @@ def test_defaults_are_accepted_and_every_setting_is_explained(cls):
     (RankRun, {"target_agreement": None}, "exactly one of noise_scale and target_agreement"),
     (RankRun, {"target_agreement": 0.5}, "target_agreement: expected a share above 0.5"),
     (RankRun, {"target_agreement": None, "noise_scale": -1.0}, "noise_scale: expected a number"),
+    (DPORun, {"data": ()}, "data: expected at least one file"),
+    (DPORun, {"sample_steps": 0}, "sample_steps: expected a number above 0"),
+    (DPORun, {"eval_fraction": 1.5}, "eval_fraction: expected a share"),
     (RewardRun, {"eval_fraction": -0.1}, "eval_fraction: expected a share"),
     (SelectRun, {"prompts": ()}, "prompts: expected at least one file"),
     (SelectRun, {"num_prompts": 0}, "num_prompts: expected a number above 0"),

@@ -13,7 +13,7 @@ from fastrl.errors import ConfigError, DataError, ModelError
 from fastrl.models import new_decoder, scalar_from_causal
 from fastrl.models.families import decoder_config
 from fastrl.models.weights import save_causal_lm, save_scalar_model
-from fastrl.runs import EvaluateRun, PPORun, PromptsRun, RankRun, RewardRun, SFTRun
+from fastrl.runs import DPORun, EvaluateRun, PPORun, PromptsRun, RankRun, RewardRun, SFTRun
 from fastrl.stages import run_stage
 
 WORDS = "once there was a happy sad cat dog who smiled cried and played .".split()
@@ -220,6 +220,26 @@ def test_a_reward_model_is_always_judged_on_held_out_rankings(words, tmp_path, h
         output_dir=str(tmp_path / "out"), max_steps=1))
     report = json.loads((folder / "reward_report.json").read_text())
     assert report["overall"]["num_pairs"] == num_held_out  # of 14: a twentieth, or the file alone
+
+
+def test_dpo_trains_on_ranking_files_and_saves_a_model_that_can_be_loaded(words, tmp_path):
+    data = write_rows(tmp_path / "data.jsonl", [
+        {"prompt": word, "chosen": "a happy cat .", "rejected": "a sad dog ."} for word in WORDS])
+    settings = {"model_name_or_path": words, "data": (data,), "batch_size": 7, "num_epochs": 4,
+                "learning_rate": 1e-2}
+    folder, printed = run("dpo", DPORun(**settings, output_dir=str(tmp_path / "out")))
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss/dpo" in row]
+    assert rows[0]["loss/dpo"] == pytest.approx(0.693147, abs=1e-5)  # its reference is itself
+    assert rows[-1]["reward/accuracy"] == 1.0 and rows[-1]["loss/dpo_eval"] < 0.6
+    summary = json.loads((folder / "finished.json").read_text())["summary"]
+    assert (summary["rankings"], summary["held_out"], summary["steps"]) == (13, 1, 8)
+    folder, _ = run("dpo", DPORun(**{
+        **settings, "reference_model": str(folder / "model"), "eval_data": (data,)},
+        output_dir=str(tmp_path / "again")))
+    first = read_rows(folder / "metrics.jsonl")[0]
+    assert first["loss/dpo"] > 0.7  # a reference that already prefers the better completions
+    with pytest.raises(ConfigError, match="reference_model: expected none"):
+        DPORun(**settings, output_dir="out", reference="none", reference_model=words)
 
 
 def test_an_output_folder_that_holds_something_is_refused(words, tmp_path):

@@ -14,7 +14,7 @@ from fastrl.recipe import local_paths
 from fastrl.runs import StageRun
 from fastrl.stages.evaluate import evaluate
 from fastrl.stages.sampling import prompts, rank
-from fastrl.stages.training import ppo, pretrain, reward, select, sft
+from fastrl.stages.training import dpo, ppo, pretrain, reward, select, sft
 from fastrl.trainers.common import resolve_device
 from fastrl.yaml_file import unknown_key
 
@@ -28,6 +28,7 @@ _STAGES: dict[str, Callable[..., None]] = {
     "reward": reward,
     "select": select,
     "ppo": ppo,
+    "dpo": dpo,
     "evaluate": evaluate,
 }
 

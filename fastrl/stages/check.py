@@ -87,6 +87,7 @@ _DATA_READERS: dict[str, Reader] = {
     "sft": _check_demonstrations,
     "prompts": _check_prompts,
     "reward": _check_comparisons,
+    "dpo": _check_comparisons,
 }
 _READERS: dict[str, Reader] = {
     "tokenizer_name_or_path": load_encoder,

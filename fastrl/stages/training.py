@@ -22,7 +22,7 @@ from fastrl.models import CausalLM, new_decoder, scalar_from_causal
 from fastrl.models.families import decoder_config
 from fastrl.models.weights import save_causal_lm, save_scalar_model
 from fastrl.rewards import RewardModelScorer
-from fastrl.runs import PPORun, PretrainRun, RewardRun, SelectRun, SFTRun
+from fastrl.runs import DPORun, PPORun, PretrainRun, RewardRun, SelectRun, SFTRun
 from fastrl.stages.inputs import (
     OpenFolder,
     load_policy,
@@ -37,6 +37,7 @@ from fastrl.stages.inputs import (
 )
 from fastrl.stages.samples import SAMPLING, AnsweringProgress
 from fastrl.trainers.common import Progress
+from fastrl.trainers.dpo import DPOTrainer
 from fastrl.trainers.ppo import PPOTrainer
 from fastrl.trainers.ppo_update import initial_critic
 from fastrl.trainers.ppo_weights import AVERAGE_MODEL, LAST_MODEL
@@ -107,7 +108,7 @@ def sft(run: SFTRun, open_folder: OpenFolder, console: Console) -> None:
 
 
 @contextmanager
-def _progress(run: PretrainRun | SFTRun | PPORun, console: Console, model: CausalLM,
+def _progress(run: PretrainRun | SFTRun | PPORun | DPORun, console: Console, model: CausalLM,
               encoder: TextEncoder, num_steps: int, sampling: SamplingConfig = SAMPLING
               ) -> Iterator[Progress]:
     """The numbers of a stage and, where it has sample prompts, its answers while it trains."""
@@ -233,3 +234,25 @@ def _prompts(run: PPORun, encoder: TextEncoder, console: Console
         count = run.num_iterations * run.rollout_batch_size // run.num_samples_per_prompt
         train = sample_by_source(train, run.source_weights, count, run.seed)
     return train, held_out
+
+
+def dpo(run: DPORun, open_folder: OpenFolder, console: Console) -> None:
+    """A policy that gives the better of two ranked completions the larger implicit reward."""
+    encoder = load_encoder(run.model_name_or_path)
+    train = load_ranking_files(run.data, encoder, run.max_seq_tokens, console)
+    if run.eval_data:
+        held_out = load_ranking_files(run.eval_data, encoder, run.max_seq_tokens, console)
+    else:
+        train, held_out = split_by_prompt(train, run.eval_fraction, run.seed)
+    policy = load_policy(run.model_name_or_path, run, encoder)
+    reference = None
+    if run.reference_model is not None:
+        reference = load_policy(run.reference_model, run, encoder)
+    with open_folder() as folder:
+        trainer = DPOTrainer(run, policy, train, reference=reference, eval=held_out, run=folder)
+        reference = None  # its log-probs are known
+        with _progress(run, console, policy, encoder, trainer.num_steps) as progress:
+            trainer.train(progress)
+        save_causal_lm(policy, folder.model_path, tokenizer_from=encoder.path)
+        folder.finish({"rankings": len(trainer.examples), "held_out": len(trainer.eval),
+                       "steps": trainer.num_steps})

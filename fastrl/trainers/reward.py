@@ -68,7 +68,7 @@ class RewardTrainer:
     ) -> None:
         self.config, self.model, self.run = config, model, run
         for index, comparison in enumerate((*train, *eval)):
-            _check_comparison(comparison, index)
+            check_comparison(comparison, index)
         with_pair = [c for c in train if has_pair(c)]
         self.comparisons, self.num_truncated = fit_comparisons(with_pair, config.max_seq_tokens)
         self.num_without_pair = len(train) - len(with_pair)
@@ -253,7 +253,7 @@ def fit_comparisons(
     return kept, num_cut
 
 
-def _check_comparison(comparison: Comparison, index: int) -> None:
+def check_comparison(comparison: Comparison, index: int) -> None:
     """Raise DataError unless ranks fit completions and there is something to read."""
     if len(comparison.ranks) != len(comparison.completions) or not comparison.ranks:
         raise DataError(f"comparison {index}: expected one rank for each of at least one "

@@ -1,0 +1,266 @@
+"""DPO and IPO: a policy from rankings, without a reward model and without rollouts.
+
+The log-prob of a completion over the reference's, times beta, is its implicit reward; the policy
+learns to give the better of two completions the larger one. K completions of a prompt are K
+sequences of the packed batch, each read once however many pairs it is in. The reference's log-probs
+are computed once, before the first step; where no reference is given it is the policy as it is
+then, and no second model is needed. There is no dropout.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrl.config import DPOConfig
+from fastrl.errors import DataError
+from fastrl.losses import dpo_loss
+from fastrl.metrics import PhaseTimer, RunFolder, peak_memory_gib
+from fastrl.models.causal_lm import CausalLM
+from fastrl.ops import linear_logprobs
+from fastrl.optim import AdamW, Schedule, clip_scale
+from fastrl.packing import predict_rows, response_target_mask, split_by_tokens
+from fastrl.trainers.common import (
+    Progress,
+    SilentProgress,
+    accumulate,
+    check_finite,
+    epoch_batches,
+    mode,
+    packed_forward,
+    require_rows,
+)
+from fastrl.trainers.reward import (
+    check_comparison,
+    comparison_sequences,
+    fit_comparisons,
+    group_lengths,
+)
+from fastrl.trainers.reward_report import has_pair
+from fastrl.types import Comparison
+
+logger = logging.getLogger("fastrl")
+
+
+@dataclass(frozen=True, slots=True)
+class DPOExample:
+    """A ranking, and what the reference says of it."""
+
+    comparison: Comparison
+    ref_logprobs: tuple[float, ...]
+    """K log-probs as `completion_logprobs` gives them; zeros without a reference."""
+
+
+class DPOTrainer:
+    """Trains a policy to prefer what people preferred, near a reference.
+
+    Args:
+        config: Every setting.
+        policy: Trained in place.
+        train: Rankings. Those without a pair of different ranks are dropped and counted in
+            `num_without_pair`; prompts that are too long lose their beginning (`num_truncated`);
+            completions that leave no room for a prompt drop the ranking (`num_too_long`).
+        reference: Read once, here, and not kept; None takes the policy as it is now.
+        eval: Held-out rankings for `evaluate` during and after training.
+        run: Where metrics go; None writes nothing.
+    Raises:
+        DataError: when no ranking is left to train on or, where `eval` is given, to evaluate on;
+            when a ranking is malformed.
+    Source: Rafailov et al. 2023 (arXiv 2305.18290); all pairs of a prompt weigh as one ranking, as
+        in Ouyang et al. 2022 (arXiv 2203.02155), equation 1.
+    """
+
+    def __init__(
+        self,
+        config: DPOConfig,
+        policy: CausalLM,
+        train: Sequence[Comparison],
+        *,
+        reference: CausalLM | None = None,
+        eval: Sequence[Comparison] = (),
+        run: RunFolder | None = None,
+    ) -> None:
+        self.config, self.policy, self.run = config, policy, run
+        for index, comparison in enumerate((*train, *eval)):
+            check_comparison(comparison, index)
+            if min(map(len, comparison.completions)) == 0:
+                raise DataError(f"comparison {index}: expected completions of at least one token, "
+                                "got an empty one; end completions with an end-of-text token")
+        with_pair = [c for c in train if has_pair(c)]
+        fitting, self.num_truncated = fit_comparisons(with_pair, config.max_seq_tokens)
+        self.num_without_pair = len(train) - len(with_pair)
+        self.num_too_long = len(with_pair) - len(fitting)
+        require_rows(fitting, "rankings with a pair of different ranks")
+        logger.info("DPO: %d rankings; dropped %d without a pair and %d that are too long; %d lost "
+                    "the beginning of the prompt", len(fitting), self.num_without_pair,
+                    self.num_too_long, self.num_truncated)
+        held_out = [c for c in fit_comparisons(eval, config.max_seq_tokens)[0] if has_pair(c)]
+        if eval:
+            require_rows(held_out, "held-out rankings with a pair of different ranks")
+        source = policy if reference is None else reference
+        self.examples = self._with_reference(source, fitting)
+        self.eval = self._with_reference(source, held_out)
+        self.steps_per_epoch = -(-len(fitting) // config.batch_size)
+        self.num_steps = config.max_steps or self.steps_per_epoch * config.num_epochs
+        self.schedule = Schedule.from_config(config, self.num_steps)
+        self.optimizer = AdamW.from_config(policy.parameters(), config)
+        self.num_finished = 0
+
+    def _with_reference(
+        self, reference: CausalLM, comparisons: Sequence[Comparison]
+    ) -> list[DPOExample]:
+        """Rankings with the log-probs of the reference, from one forward pass over each."""
+        if self.config.reference == "none":
+            return [DPOExample(c, (0.0,) * len(c.completions)) for c in comparisons]
+        examples: list[DPOExample] = []
+        with mode(reference, train=False), torch.no_grad():
+            for rows in split_by_tokens(group_lengths(comparisons),
+                                        self.config.max_tokens_per_microbatch):
+                group = [comparisons[i] for i in rows]
+                logprobs = iter(self._logprobs(reference, group).tolist())
+                examples += [DPOExample(c, tuple(next(logprobs) for _ in c.completions))
+                             for c in group]
+        return examples
+
+    def _logprobs(self, model: CausalLM, comparisons: Sequence[Comparison]) -> Tensor:
+        return completion_logprobs(model, comparisons, is_mean=self.config.loss_type == "ipo")
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step over `batch_size` prompts; returns its metrics."""
+        config, timer, number = self.config, PhaseTimer(), self.num_finished + 1
+        epoch, index = divmod(self.num_finished, self.steps_per_epoch)
+        rows = epoch_batches(len(self.examples), config.batch_size, config.seed, epoch)[index]
+        batch = [self.examples[i] for i in rows]
+        learning_rate = self.schedule(self.num_finished)
+        self.optimizer.zero_grad()
+        metrics = self.backward(batch)
+        metrics["grad/norm"], scale = clip_scale(self.optimizer.parameters, config.max_grad_norm)
+        check_finite(number, metrics)
+        self.optimizer.step(learning_rate, scale)
+        self.num_finished = number
+        return metrics | {
+            "lr/model": learning_rate,
+            "data/epoch": number / self.steps_per_epoch,
+            "memory/peak_gib": peak_memory_gib(next(self.policy.parameters()).device),
+        } | timer.metrics(sum(group_lengths([example.comparison for example in batch])))
+
+    def train(self, progress: Progress | None = None) -> None:
+        """Every step that is left, with evaluations."""
+        progress = progress or SilentProgress()
+        while self.num_finished < self.num_steps:
+            metrics = self.step()
+            step, every = self.num_finished, self.config.eval_steps
+            evaluate = bool(self.eval) and (step == self.num_steps
+                                            or (every is not None and step % every == 0))
+            if evaluate:
+                timer = PhaseTimer()
+                with timer.phase("eval"):
+                    metrics |= self.evaluate()
+                metrics["time/eval_s"] = timer.metrics()["time/eval_s"]
+            due = step % self.config.logging_steps == 0 or step == self.num_steps or evaluate
+            if self.run is not None and due:
+                self.run.log(step, metrics)
+            progress.update(step, metrics)
+
+    def backward(self, batch: Sequence[DPOExample]) -> dict[str, float]:
+        """Add the gradient of a minibatch's loss to the policy; return its metrics.
+
+            loss = mean over prompts of the mean over their pairs of dpo_loss
+        """
+        parts: list[dict[str, float]] = []
+
+        def share(rows: list[int]) -> Tensor:
+            loss, metrics = self._loss([batch[i] for i in rows], len(batch))
+            parts.append(metrics)
+            return loss
+
+        with mode(self.policy, train=False):
+            accumulate(group_lengths([example.comparison for example in batch]),
+                       self.config.max_tokens_per_microbatch, share)
+        return _sum_by_name(parts)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The metrics of the held-out rankings under names of their own; empty without any."""
+        parts = []
+        with mode(self.policy, train=False):
+            for rows in split_by_tokens(group_lengths([e.comparison for e in self.eval]),
+                                        self.config.max_tokens_per_microbatch):
+                parts.append(self._loss([self.eval[i] for i in rows], len(self.eval))[1])
+        return {f"{name}_eval": value for name, value in _sum_by_name(parts).items()}
+
+    def _loss(
+        self, examples: Sequence[DPOExample], num_prompts: int
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The share of `examples` in the loss of `num_prompts` prompts, and in its metrics."""
+        config = self.config
+        logprobs = self._logprobs(self.policy, [example.comparison for example in examples])
+        ref_logprobs = torch.tensor([value for e in examples for value in e.ref_logprobs],
+                                    dtype=logprobs.dtype, device=logprobs.device)
+        pairs, weights = ranked_pairs([example.comparison for example in examples])
+        better, worse = torch.tensor(pairs, device=logprobs.device).T
+        weight = torch.tensor(weights, dtype=logprobs.dtype, device=logprobs.device) / num_prompts
+        losses, margins = dpo_loss(
+            logprobs[better], logprobs[worse], ref_logprobs[better], ref_logprobs[worse],
+            dpo_beta=config.dpo_beta, loss_type=config.loss_type,
+            label_smoothing=config.label_smoothing)
+        loss = (weight * losses).sum()
+        taken = logprobs.detach()
+        rewards = config.dpo_beta * (taken - ref_logprobs)
+        correct = (margins > 0).to(weight.dtype) + 0.5 * (margins == 0)
+        columns = {
+            "loss/dpo": losses.detach(), "reward/accuracy": correct, "reward/margin_mean": margins,
+            "reward/chosen_mean": rewards[better], "reward/rejected_mean": rewards[worse],
+            "logprob/chosen_mean": taken[better], "logprob/rejected_mean": taken[worse],
+        }
+        totals = (weight * torch.stack(list(columns.values()))).sum(dim=1).tolist()
+        return loss, dict(zip(columns, totals, strict=True))
+
+
+def completion_logprobs(
+    model: CausalLM, comparisons: Sequence[Comparison], *, is_mean: bool = False
+) -> Tensor:
+    """Log-prob of every completion after its prompt, one forward pass for all.
+
+    Args:
+        model: A language model over the rankings' vocabulary.
+        comparisons: Rankings; completions of at least one token.
+        is_mean: Divide by the completion's tokens.
+    Returns:
+        [sum of K] float32 or wider, in order of comparison, then completion; differentiable.
+    """
+    hidden, batch = packed_forward(model, [s for c in comparisons for s in comparison_sequences(c)])
+    device = hidden.device
+    prompt_lens = torch.tensor([len(c.prompt_ids) for c in comparisons for _ in c.completions],
+                               device=device)
+    lengths = torch.tensor([len(ids) for c in comparisons for ids in c.completions], device=device)
+    rows, targets = predict_rows(response_target_mask(batch.cu_seqlens, prompt_lens))
+    logprobs, _ = model.lm_head(hidden[rows], linear_logprobs, batch.token_ids[targets])
+    totals: Tensor = torch.segment_reduce(logprobs, "sum", lengths=lengths)
+    return totals / lengths if is_mean else totals
+
+
+def ranked_pairs(comparisons: Sequence[Comparison]) -> tuple[list[tuple[int, int]], list[float]]:
+    """Every pair of different ranks, as numbers of completions counted over all comparisons.
+
+    Returns:
+        pairs: (better, worse) each. weights: 1 / pairs of the same comparison.
+    """
+    pairs: list[tuple[int, int]] = []
+    weights: list[float] = []
+    begin = 0
+    for c in comparisons:
+        own = [(begin + i, begin + j) for i, rank in enumerate(c.ranks)
+               for j, other in enumerate(c.ranks) if rank < other]
+        pairs += own
+        weights += [1 / len(own)] * len(own)
+        begin += len(c.ranks)
+    return pairs, weights
+
+
+def _sum_by_name(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Sums of shares of one whole; empty without any."""
+    return {name: math.fsum(part[name] for part in parts) for name in parts[0]} if parts else {}
