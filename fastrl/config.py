@@ -141,6 +141,9 @@ class TrainConfig:
     """First learning rate of the warmup as a share of the peak; paper: 0.1."""
     max_tokens_per_microbatch: int = 8192
     """Token budget of one forward and backward pass; never changes the result."""
+    activation_checkpointing: bool = False
+    """Keep the inputs of each layer only and run it again in backward: a third more arithmetic, a
+    fraction of the activations, the same gradients."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto takes a GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"

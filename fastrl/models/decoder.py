@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastrl.models.attention import Attention, Projections
 from fastrl.models.causal_lm import CausalLM
+from fastrl.models.checkpointing import checkpointed
 from fastrl.models.config import DecoderConfig, RotaryScaling
 from fastrl.models.heads import LMHead
 from fastrl.ops import add_layer_norm, add_rms_norm, gelu, layer_norm, rms_norm, swiglu
@@ -187,12 +188,14 @@ class Decoder(nn.Module):
     """Embedding, layers and final norm: `(token_ids [N], positions [N], attention) -> [N, D]`.
 
     `residual_dropout` is the rate on the output of each attention and MLP block, in train mode.
+    With `activation_checkpointing` a layer keeps its two inputs and runs again in backward.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
         self.residual_dropout = 0.0
+        self.activation_checkpointing = False
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         learned = config.rotary_dim == 0
         self.embed_positions = (nn.Embedding(config.max_positions, config.hidden_size)
@@ -209,8 +212,11 @@ class Decoder(nn.Module):
         cos_sin = None if self.rotary is None else self.rotary(positions, x.dtype)
         dropout = partial(F.dropout, p=self.residual_dropout, training=self.training)
         stream = None
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            x, stream = layer(x, stream, cos_sin, attention, dropout)
+            run = partial(checkpointed, layer, keeps_random_state=self.training) if recompute \
+                else layer
+            x, stream = run(x, stream, cos_sin, attention, dropout)
         out: Tensor = self.final_norm(x, stream)[0]
         return out
 

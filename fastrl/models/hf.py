@@ -7,7 +7,9 @@ what the config says and then by comparing with transformers' own forward on a f
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from fastrl.errors import ModelError
 from fastrl.models.attention import Attention
 from fastrl.models.causal_lm import CausalLM, ScalarModel
+from fastrl.models.checkpointing import checkpointed
 from fastrl.models.folder import WeightFiles, padding_id
 from fastrl.models.heads import LMHead, ScalarHead
 from fastrl.models.hf_probe import ATTENTION_NAME, probe
@@ -80,6 +83,25 @@ class HFBackbone(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model.eval()
+        self._activation_checkpointing = False
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Layers keep their inputs and run again in backward.
+
+        Raises:
+            ModelError: on setting it, when the architecture has no layers that can.
+        """
+        return self._activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, enabled: bool) -> None:
+        if enabled and not _layers(self.model):
+            raise ModelError(
+                f"activation_checkpointing: expected layers that transformers marks as fit for it "
+                f"in {type(self.model).__name__}, found none; set activation_checkpointing to "
+                f"false, or use another model")
+        self._activation_checkpointing = enabled
 
     def train(self, mode: bool = True) -> "HFBackbone":
         """Sets the flag of this module only."""
@@ -88,10 +110,35 @@ class HFBackbone(nn.Module):
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """[N, D], final norm applied; see `CausalLM.forward`."""
-        out = self.model(input_ids=token_ids[None], position_ids=positions[None], use_cache=False,
-                         fastrl_state=attention)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        with _checkpointed_layers(self.model) if recompute else nullcontext():
+            out = self.model(input_ids=token_ids[None], position_ids=positions[None],
+                             use_cache=False, fastrl_state=attention)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that transformers would checkpoint itself, in train mode."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextmanager
+def _checkpointed_layers(model: nn.Module) -> Iterator[None]:
+    """Inside the block each layer's forward is checkpointed; afterwards the model is as before.
+
+    transformers' own switch works in train mode only, which would turn dropout on.
+    """
+    layers = _layers(model)
+    for layer in layers:
+        layer.forward = partial(checkpointed, layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def load_causal_lm(

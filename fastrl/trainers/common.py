@@ -5,11 +5,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fastrl.config import TrainConfig
 from fastrl.errors import ConfigError, DataError, NumericsError
 from fastrl.models.attention import PackedAttention
 from fastrl.models.causal_lm import CausalLM, ScalarModel
@@ -133,6 +134,16 @@ def packed_forward(
     batch = pack_sequences(sequences, next(model.parameters()).device)
     attention = PackedAttention(batch.cu_seqlens, batch.max_seqlen)
     return model(batch.token_ids, batch.positions, attention), batch
+
+
+def prepare_backbone(model: CausalLM | ScalarModel, config: TrainConfig) -> None:
+    """Give a model that is trained the settings of its passes with gradient.
+
+    Raises:
+        ModelError: when the model cannot run its layers again (`activation_checkpointing`).
+    """
+    backbone: Any = model.backbone
+    backbone.activation_checkpointing = config.activation_checkpointing
 
 
 def accumulate(

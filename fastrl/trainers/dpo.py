@@ -31,6 +31,7 @@ from fastrl.trainers.common import (
     epoch_batches,
     mode,
     packed_forward,
+    prepare_backbone,
     require_rows,
 )
 from fastrl.trainers.reward import (
@@ -106,6 +107,7 @@ class DPOTrainer:
         self.steps_per_epoch = -(-len(fitting) // config.batch_size)
         self.num_steps = config.max_steps or self.steps_per_epoch * config.num_epochs
         self.schedule = Schedule.from_config(config, self.num_steps)
+        prepare_backbone(policy, config)
         self.optimizer = AdamW.from_config(policy.parameters(), config)
         self.num_finished = 0
 

@@ -30,6 +30,7 @@ from fastrl.trainers.common import (
     derive_seed,
     epoch_permutation,
     evaluate_token_loss,
+    prepare_backbone,
     stream_indices,
 )
 from fastrl.trainers.ppo_checks import (
@@ -118,6 +119,8 @@ class PPOTrainer:
         self.run, self.encoder = run, encoder
         self.policy, self.critic = policy.eval(), critic.eval()
         self.reference = reference.eval().requires_grad_(False)
+        for model in (policy, critic):
+            prepare_backbone(model, config)
         self.engine = Engine(policy, config.engine, encoder=encoder)
         self.policy_optimizer = AdamW.from_config(policy.parameters(), config)
         self.critic_optimizer = AdamW.from_config(critic.parameters(), config)

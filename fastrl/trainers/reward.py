@@ -30,6 +30,7 @@ from fastrl.trainers.common import (
     epoch_batches,
     mode,
     packed_forward,
+    prepare_backbone,
     require_rows,
 )
 from fastrl.trainers.reward_report import RewardReport, build_report, has_pair
@@ -85,6 +86,7 @@ class RewardTrainer:
         self.demonstrations = [e.token_ids[-config.max_seq_tokens:] for e in demonstrations]
         self.steps_per_epoch = -(-len(self.comparisons) // config.batch_size)
         self.num_steps = config.max_steps or self.steps_per_epoch * config.num_epochs
+        prepare_backbone(model, config)
         self.schedule = Schedule.from_config(config, self.num_steps)
         self.optimizer = AdamW.from_config(model.parameters(), config)
         self.num_finished = 0

@@ -33,6 +33,7 @@ from fastrl.trainers.common import (
     evaluate_token_loss,
     mode,
     num_targets,
+    prepare_backbone,
     require_rows,
     seeded,
     stream_indices,
@@ -94,6 +95,7 @@ class SFTTrainer:
         self.num_steps = config.max_steps or self.steps_per_epoch * config.num_epochs
         self.eval_points = _eval_points(self.num_steps, config.eval_steps or self.steps_per_epoch)
         self.candidate_points = _spread(self.eval_points, config.num_candidates)
+        prepare_backbone(model, config)
         self.schedule = Schedule.from_config(config, self.num_steps)
         self.optimizer = AdamW.from_config(model.parameters(), config)
         self.num_finished = self._num_examples = self._num_windows = 0
