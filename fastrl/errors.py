@@ -27,3 +27,7 @@ class BackendUnavailableError(FastRLError, RuntimeError):
 
 class NumericsError(FastRLError, RuntimeError):
     """A NaN or an infinity where a number was needed, or training that left its bounds."""
+
+
+class RewardError(FastRLError, RuntimeError):
+    """A reward function raised, did not return in time, or returned what cannot be scores."""

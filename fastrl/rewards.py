@@ -3,22 +3,25 @@
 A scorer is anything that can be called as `scorer(rollout) -> [B] float32`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastrl.errors import DataError, NumericsError, ShapeError
+from fastrl.errors import ConfigError, NumericsError, RewardError, ShapeError
 from fastrl.models.causal_lm import ScalarModel
 from fastrl.models.scoring import response_scores
 from fastrl.types import Prompt, Rollout
 
 if TYPE_CHECKING:
     from fastrl.data import TextEncoder
-
-RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
-"""`fn(prompts, completions) -> scores`, B of each."""
 
 
 class Scorer(Protocol):
@@ -59,77 +62,151 @@ class RewardModelScorer:
 class FunctionScorer:
     """Scores responses with a Python function of texts.
 
-    The function gets the prompts and the completions as lists of strings. A completion is the
-    decoded response without its end-of-text token; a prompt is its `Prompt.text` where the prompt
-    is one of `prompts`, else the decoded prompt tokens.
+    The function gets the prompts and the completions as lists of strings, and every field of the
+    prompts' rows that it names, as `fn(prompts, completions, answer)` names `answer`; one that
+    takes `**columns` gets all of them. A column is a list with one value per completion, None where
+    a row has no such field. A completion is the decoded response without its end-of-text token; a
+    prompt is its `Prompt.text` where the prompt is one of `prompts`, else the decoded tokens.
 
     Args:
-        fn: `fn(prompts, completions) -> scores`, one finite number per completion.
+        fn: `fn(prompts, completions, **columns) -> scores`, one finite number per completion.
         encoder: Decodes tokens.
-        prompts: Prompts whose `text` the function should see.
+        prompts: Prompts whose `text` and fields the function should see.
+        timeout_s: Seconds that a call may take; None: as long as it likes. The call that is given
+            up goes on in a thread of its own until the process ends.
+    Raises:
+        ConfigError: when the timeout is not above 0.
     """
 
     def __init__(
-        self, fn: RewardFunction, encoder: TextDecoder, prompts: Iterable[Prompt] = ()
+        self, fn: Callable[..., Sequence[float]], encoder: TextDecoder,
+        prompts: Iterable[Prompt] = (), *, timeout_s: float | None = None,
     ) -> None:
-        self.fn = fn
-        self.encoder = encoder
+        if timeout_s is not None and timeout_s <= 0:
+            raise ConfigError(f"timeout_s: expected seconds above 0, or None, got {timeout_s}")
+        self.fn, self.encoder, self.timeout_s = fn, encoder, timeout_s
         self.name = getattr(fn, "__name__", type(fn).__name__)
-        self._texts = {prompt.token_ids: prompt.text for prompt in prompts}
+        self._prompts = {prompt.token_ids: prompt for prompt in prompts}
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """Score [B] float32 of every response.
 
         Raises:
-            DataError: when the function returns another number of scores, or not numbers.
+            RewardError: when the function raises, takes too long, or returns another number of
+                scores or not numbers; names the function and, where it can be known, the response.
             NumericsError: when a score is not finite.
-        An exception of the function itself passes through, with a note that names the function.
         """
-        prompts, completions = self.texts(rollout)
+        batch = self._texts(rollout)
         try:
-            scores = self.fn(prompts, completions)
-        except BaseException as error:
-            error.add_note(
-                f"raised by reward function {self.name} while it scored {len(prompts)} responses; "
-                f"the first: prompt {prompts[0][:200]!r}, completion {completions[0][:200]!r}"
-            )
-            raise
-        if len(scores) != len(prompts):
-            raise DataError(
-                f"reward function {self.name}: expected {len(prompts)} scores, one per completion, "
-                f"got {len(scores)}; return a list as long as its arguments"
-            )
-        values = [self._number(score, i, prompts, completions) for i, score in enumerate(scores)]
+            scores = self._call(batch)
+        except Exception as error:
+            raise self._explained(error, batch) from error
+        if not isinstance(scores, Sequence | Tensor | np.ndarray) or len(scores) != len(batch):
+            size = f"{len(scores)}" if hasattr(scores, "__len__") else repr(scores)
+            raise RewardError(
+                f"reward function {self.name}: expected {len(batch)} scores, one per completion, "
+                f"got {size}; return a list as long as its arguments")
+        values = [self._number(score, sample) for score, sample in zip(scores, batch, strict=True)]
         return torch.tensor(values, dtype=torch.float32, device=rollout.response_mask.device)
 
-    def texts(self, rollout: Rollout) -> tuple[list[str], list[str]]:
-        """Prompts and completions of a rollout as the function sees them, B of each."""
-        prompts, completions = [], []
+    def _texts(self, rollout: Rollout) -> "list[_Sample]":
+        """What the function sees of each response."""
+        samples = []
         for index in range(rollout.batch_size):
             prompt_ids = rollout.sequence(index)[: int(rollout.prompt_lens[index])]
-            text = self._texts.get(tuple(prompt_ids))
-            prompts.append(self.encoder.decode(prompt_ids) if text is None else text)
-            completions.append(decode_response(rollout, index, self.encoder))
-        return prompts, completions
+            prompt = self._prompts.get(tuple(prompt_ids))
+            if prompt is None:
+                prompt = Prompt(tuple(prompt_ids), self.encoder.decode(prompt_ids))
+            samples.append(_Sample(index, prompt.text, decode_response(rollout, index,
+                                                                       self.encoder), prompt.row))
+        return samples
 
-    def _number(
-        self, score: object, index: int, prompts: list[str], completions: list[str]
-    ) -> float:
+    def _columns(self, batch: "Sequence[_Sample]") -> dict[str, list[Any]]:
+        """The fields of the rows that the function asks for, by name."""
+        try:
+            parameters = list(inspect.signature(self.fn).parameters.values())
+        except ValueError:  # of a function that is not written in Python
+            return {}
+        named = {p.name for p in parameters[2:] if p.kind in (p.POSITIONAL_OR_KEYWORD,
+                                                              p.KEYWORD_ONLY)}
+        takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
+        present = dict.fromkeys(name for sample in batch for name in sample.row)
+        taken = {p.name for p in parameters[:2]}
+        return {name: [sample.row.get(name) for sample in batch] for name in present
+                if name in named or (takes_all and name not in taken)}
+
+    def _call(self, batch: "Sequence[_Sample]") -> Sequence[float]:
+        """The function's scores of some responses; in a thread where it has a time limit."""
+        call = partial(self.fn, [sample.prompt for sample in batch],
+                       [sample.completion for sample in batch], **self._columns(batch))
+        if self.timeout_s is None:
+            return call()
+        answers: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
+
+        def work() -> None:
+            try:
+                answers.put((call(), None))
+            except Exception as error:
+                answers.put((None, error))
+
+        Thread(target=work, daemon=True, name=f"reward-{self.name}").start()
+        try:
+            scores, error = answers.get(timeout=self.timeout_s)
+        except Empty:
+            raise TimeoutError(f"no answer within {self.timeout_s:g} s") from None
+        if error is not None:
+            raise error
+        return cast(Sequence[float], scores)
+
+    def _explained(self, error: Exception, batch: "Sequence[_Sample]") -> RewardError:
+        """The error that stops a run: it names the function, and the response if one alone fails.
+
+        Each response is tried alone, up to the first that fails; a function that takes too long is
+        not tried again.
+        """
+        culprit = None
+        if not isinstance(error, TimeoutError):
+            culprit = next((sample for sample in batch if self._fails(sample)), None)
+        where = f"{len(batch)} responses together; the first: {batch[0]}" if culprit is None \
+            else f"response {culprit.index}: {culprit}"
+        advice = "raise timeout_s, or make it faster" if isinstance(error, TimeoutError) \
+            else "correct the function, or drop the row"
+        return RewardError(f"reward function {self.name}: expected scores, got "
+                           f"{type(error).__name__}: {error}, from {where}; {advice}")
+
+    def _fails(self, sample: "_Sample") -> bool:
+        try:
+            self._call([sample])
+        except Exception:
+            return True
+        return False
+
+    def _number(self, score: object, sample: "_Sample") -> float:
         """One score as a finite float."""
-        sample = f"prompt {prompts[index][:200]!r}, completion {completions[index][:200]!r}"
         try:
             value = float(score)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
-            raise DataError(
-                f"reward function {self.name}: expected a number for response {index}, got "
-                f"{score!r}; {sample}"
-            ) from error
+            raise RewardError(
+                f"reward function {self.name}: expected a number for response {sample.index}, got "
+                f"{score!r}; {sample}") from error
         if not abs(value) < float("inf"):
             raise NumericsError(
-                f"reward function {self.name}: expected a finite score for response {index}, got "
-                f"{value}; {sample}"
-            )
+                f"reward function {self.name}: expected a finite score for response "
+                f"{sample.index}, got {value}; {sample}")
         return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """A response as a reward function sees it."""
+
+    index: int
+    prompt: str
+    completion: str
+    row: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return f"prompt {self.prompt[:200]!r}, completion {self.completion[:200]!r}"
 
 
 def decode_response(rollout: Rollout, index: int, decoder: TextDecoder) -> str:

@@ -1,11 +1,13 @@
 """Scorers and what PPO does to a score before it becomes a reward."""
 
 from collections.abc import Sequence
+from threading import Event
+from time import monotonic
 
 import pytest
 import torch
 
-from fastrl.errors import DataError, NumericsError, ShapeError
+from fastrl.errors import ConfigError, NumericsError, RewardError, ShapeError
 from fastrl.models.causal_lm import scalar_from_causal
 from fastrl.models.decoder import DecoderConfig, new_decoder
 from fastrl.models.scoring import response_scores
@@ -56,18 +58,51 @@ def test_function_sees_prompt_text_and_completions_without_the_end_token() -> No
     assert decode_response(ROLLOUT, 0, LetterCodec()) == "aa"
 
 
-def test_wrong_number_of_scores_is_an_error_that_names_the_function() -> None:
-    def too_few(prompts: list[str], completions: list[str]) -> list[float]:
-        return [1.0]
-
-    with pytest.raises(DataError, match="too_few: expected 2 scores.*got 1"):
-        FunctionScorer(too_few, LetterCodec())(ROLLOUT)
+ROWS = [Prompt((2, 3), "a question", row={"answer": 7, "level": "easy"}),
+        Prompt((4,), "another", row={"answer": 8})]
 
 
-def test_a_score_that_is_no_number_names_the_sample() -> None:
-    scorer = FunctionScorer(lambda p, c: [1.0, None], LetterCodec())  # type: ignore[list-item]
-    with pytest.raises(DataError, match=r"number for response 1, got None; prompt 'c'.*'bc'"):
-        scorer(ROLLOUT)
+def test_a_function_gets_the_fields_that_it_names() -> None:
+    seen: dict[str, object] = {}
+
+    def named(prompts: list[str], completions: list[str], answer: list[int],
+              absent: str = "default") -> list[float]:
+        seen.update(answer=answer, absent=absent)
+        return [1.0, 2.0]
+
+    def everything(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
+        seen.update(columns=columns)
+        return [1.0, 2.0]
+
+    assert FunctionScorer(named, LetterCodec(), ROWS)(ROLLOUT).tolist() == [1.0, 2.0]
+    FunctionScorer(everything, LetterCodec(), ROWS)(ROLLOUT)
+    assert seen == {"answer": [7, 8], "absent": "default",
+                    "columns": {"answer": [7, 8], "level": ["easy", None]}}
+    with pytest.raises(RewardError, match="named: expected scores, got TypeError.*'answer'"):
+        FunctionScorer(named, LetterCodec())(ROLLOUT)
+
+
+@pytest.mark.parametrize("scores, message", [
+    ([1.0], "expected 2 scores, one per completion, got 1"),
+    (None, "expected 2 scores, one per completion, got None"),
+    (1.5, "expected 2 scores, one per completion, got 1.5"),
+    ([1.0, None], r"number for response 1, got None; prompt 'c', completion 'bc'"),
+    ([1.0, "x"], r"number for response 1, got 'x'; prompt 'c', completion 'bc'"),
+])
+def test_what_cannot_be_scores_is_an_error_that_names_the_function(
+    scores: object, message: str
+) -> None:
+    def wrong(prompts: list[str], completions: list[str]) -> object:
+        return scores
+
+    with pytest.raises(RewardError, match=f"reward function wrong: .*{message}"):
+        FunctionScorer(wrong, LetterCodec())(ROLLOUT)  # type: ignore[arg-type]
+
+
+def test_tensors_and_arrays_are_scores() -> None:
+    for values in (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]).numpy(), (1, True)):
+        scores = FunctionScorer(lambda p, c, v=values: v, LetterCodec())(ROLLOUT)
+        assert scores.tolist() == [float(v) for v in values]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -76,14 +111,61 @@ def test_a_score_that_is_not_finite_names_the_sample(value: float) -> None:
         FunctionScorer(lambda p, c: [1.0, value], LetterCodec())(ROLLOUT)
 
 
-def test_an_exception_of_the_function_keeps_its_type_and_gets_a_note() -> None:
+def test_an_exception_names_the_function_and_the_response_that_raises_it() -> None:
     def broken(prompts: list[str], completions: list[str]) -> list[float]:
-        raise KeyError("no such key")
+        return [{"aa": 1.0}[text] for text in completions]
 
-    with pytest.raises(KeyError) as caught:
+    with pytest.raises(RewardError, match="function broken: .*KeyError: 'bc', from response 1: "
+                                          "prompt 'c', completion 'bc'") as caught:
         FunctionScorer(broken, LetterCodec())(ROLLOUT)
-    (note,) = caught.value.__notes__
-    assert "reward function broken" in note and "2 responses" in note and "'aa'" in note
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_an_exception_that_no_response_raises_alone() -> None:
+    def pairwise(prompts: list[str], completions: list[str]) -> list[float]:
+        if len(completions) > 1:
+            raise RuntimeError("too many")
+        return [0.0]
+
+    with pytest.raises(RewardError, match="RuntimeError: too many, from 2 responses together"):
+        FunctionScorer(pairwise, LetterCodec())(ROLLOUT)
+
+
+def test_ctrl_c_is_not_an_error_of_the_function() -> None:
+    def interrupted(prompts: list[str], completions: list[str]) -> list[float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        FunctionScorer(interrupted, LetterCodec())(ROLLOUT)
+
+
+def test_a_function_that_hangs_is_given_up() -> None:
+    calls: list[int] = []
+    released = Event()
+
+    def slow(prompts: list[str], completions: list[str]) -> list[float]:
+        calls.append(len(completions))
+        released.wait(20)
+        return [0.0] * len(completions)
+
+    begin = monotonic()
+    with pytest.raises(RewardError, match="function slow: .*no answer within 0.1 s, from 2 "
+                                          "responses together.*raise timeout_s"):
+        FunctionScorer(slow, LetterCodec(), timeout_s=0.1)(ROLLOUT)
+    released.set()
+    assert monotonic() - begin < 10 and calls == [2]
+    with pytest.raises(ConfigError, match="timeout_s: expected seconds above 0"):
+        FunctionScorer(slow, LetterCodec(), timeout_s=0)
+
+
+def test_a_time_limit_changes_neither_scores_nor_errors() -> None:
+    def ratio(prompts: list[str], completions: list[str]) -> list[float]:
+        return [1 / (text != "bc") for text in completions]
+
+    scores = FunctionScorer(lambda p, c: [1.0, 2.0], LetterCodec(), timeout_s=30)(ROLLOUT)
+    assert scores.tolist() == [1.0, 2.0]
+    with pytest.raises(RewardError, match="ZeroDivisionError.*response 1: prompt 'c'"):
+        FunctionScorer(ratio, LetterCodec(), timeout_s=30)(ROLLOUT)
 
 
 def test_clip_comes_first_and_the_penalty_replaces_the_score() -> None:
