@@ -17,6 +17,7 @@ from fastrl.ops.packed_attention import packed_attention
 from fastrl.ops.paged_attention import paged_attention
 from fastrl.ops.policy_loss import PolicyStats, policy_loss
 from fastrl.ops.ppo_loss import ppo_loss
+from fastrl.ops.prefix_attention import prefix_attention
 from fastrl.ops.ranking_loss import RankingStats, ranking_loss
 from fastrl.ops.rewards import shape_rewards
 from fastrl.ops.rotary import qk_norm_rotary, rotary
@@ -49,6 +50,7 @@ __all__ = [
     "paged_attention",
     "policy_loss",
     "ppo_loss",
+    "prefix_attention",
     "qk_norm_rotary",
     "ranking_loss",
     "rms_norm",

@@ -61,55 +61,55 @@ def _causal_mask(length: int, window: int | None, device: torch.device) -> Tenso
     return mask if window is None else mask.triu(1 - window)
 
 
-def _check(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int,
+def check_packed(
+    op: str, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     scale: float, window: int | None,
 ) -> None:
+    """Raise ShapeError where the inputs of an attention over packed sequences do not fit."""
     if query.dim() != 3 or key.dim() != 3 or key.shape != value.shape:
         raise ShapeError(
-            f"packed_attention: expected query [N, Hq, C] and key and value [N, Hk, C], got "
+            f"{op}: expected query [N, Hq, C] and key and value [N, Hk, C], got "
             f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
         )
     if query.shape[0] != key.shape[0] or query.shape[2] != key.shape[2]:
         raise ShapeError(
-            f"packed_attention: query and key differ in tokens or channels: {list(query.shape)} "
+            f"{op}: query and key differ in tokens or channels: {list(query.shape)} "
             f"and {list(key.shape)}; both cover the same packed tokens"
         )
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         raise ShapeError(
-            f"packed_attention: expected query, key and value of one floating type, got "
+            f"{op}: expected query, key and value of one floating type, got "
             f"{query.dtype}, {key.dtype} and {value.dtype}"
         )
     if 0 in query.shape[1:] or 0 in key.shape[1:]:
         raise ShapeError(
-            f"packed_attention: expected at least one head and one channel, got query "
+            f"{op}: expected at least one head and one channel, got query "
             f"{list(query.shape)} and key {list(key.shape)}"
         )
     if query.shape[1] % key.shape[1]:
         raise ShapeError(
-            f"packed_attention: {query.shape[1]} query heads are not a multiple of "
+            f"{op}: {query.shape[1]} query heads are not a multiple of "
             f"{key.shape[1]} KV heads"
         )
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype != torch.int64:
         raise ShapeError(
-            f"packed_attention: expected cu_seqlens [B+1] int64, got {list(cu_seqlens.shape)} "
+            f"{op}: expected cu_seqlens [B+1] int64, got {list(cu_seqlens.shape)} "
             f"{cu_seqlens.dtype}"
         )
     if max_seqlen < 1 or (window is not None and window < 1):
         raise ShapeError(
-            f"packed_attention: max_seqlen and window must be at least 1, got {max_seqlen} and "
+            f"{op}: max_seqlen and window must be at least 1, got {max_seqlen} and "
             f"{window}"
         )
-    check_device("packed_attention",
-                 {"query": query, "key": key, "value": value, "cu_seqlens": cu_seqlens})
-    check_positive("packed_attention", scale=scale)
-    check_offsets("packed_attention", len(query), cu_seqlens=cu_seqlens)
+    check_device(op, {"query": query, "key": key, "value": value, "cu_seqlens": cu_seqlens})
+    check_positive(op, scale=scale)
+    check_offsets(op, len(query), cu_seqlens=cu_seqlens)
     if not torch.compiler.is_compiling() and checks_values():
         longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
         if longest > max_seqlen:
-            raise ShapeError(f"packed_attention: expected max_seqlen of at least {longest}, the "
+            raise ShapeError(f"{op}: expected max_seqlen of at least {longest}, the "
                              f"longest sequence, got {max_seqlen} (FASTRL_CHECK=1)")
-    check_values("packed_attention", query=query, key=key, value=value)
+    check_values(op, query=query, key=key, value=value)
 
 
 def packed_attention(
@@ -145,7 +145,7 @@ def packed_attention(
         >>> packed_attention(x, x, x, cu, max_seqlen=2, scale=1.0).shape
         torch.Size([3, 1, 2])
     """
-    _check(query, key, value, cu_seqlens, max_seqlen, scale, window)
+    check_packed("packed_attention", query, key, value, cu_seqlens, max_seqlen, scale, window)
     N, _, C = query.shape
     device = query.device
     if window is not None and window >= max_seqlen:

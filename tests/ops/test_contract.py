@@ -66,6 +66,9 @@ CALLS: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "packed_attention": lambda: (
         (floats(6, 4, D), floats(6, 2, D), floats(6, 2, D), torch.tensor([0, 3, 6])),
         {"max_seqlen": 3, "scale": 0.5}),
+    "prefix_attention": lambda: (
+        (floats(6, 4, D), floats(6, 2, D), floats(6, 2, D), torch.tensor([0, 3, 4, 6]),
+         torch.tensor([-1, 0, 0])), {"max_seqlen": 5, "num_keys": 12, "scale": 0.5}),
     "rotary": lambda: ((floats(N, 3, D), floats(N, 1, D), floats(N, 1, 1), floats(N, 1, 1)), {}),
     "qk_norm_rotary": lambda: (
         (floats(N, 3, D), floats(N, 1, D), floats(D), floats(D), floats(N, 1, 2),
@@ -76,7 +79,8 @@ CALLS: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
         {"max_seqlen_q": 2, "max_kv_len": 5, "scale": 0.5}),
 }
 KEEP_THE_TYPE = {"rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "swiglu", "gelu",
-                 "packed_attention", "paged_attention", "rotary", "qk_norm_rotary"}
+                 "packed_attention", "paged_attention", "prefix_attention", "rotary",
+                 "qk_norm_rotary"}
 """Layers of a model, whose results have the type of the activations."""
 
 
@@ -149,8 +153,9 @@ def test_non_contiguous_inputs_give_the_same(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-# paged_attention in torch reads lengths on the host.
-@pytest.mark.parametrize("name", [name for name in CALLS if name != "paged_attention"])
+# These two read lengths on the host in torch.
+@pytest.mark.parametrize("name", [name for name in CALLS
+                                  if name not in ("paged_attention", "prefix_attention")])
 def test_compiles_to_one_graph(name: str) -> None:
     """Plain-torch ops that a compiled training step holds; the graph only, no code generation."""
     torch.compiler.reset()  # all ops share the frame of `call`, which may recompile 8 times
