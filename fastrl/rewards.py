@@ -166,7 +166,7 @@ class FunctionScorer:
         """
         culprit = None
         if not isinstance(error, TimeoutError):
-            culprit = next((sample for sample in batch if self._fails(sample)), None)
+            culprit = next((sample for sample in batch if self._error_of(sample)), None)
         where = f"{len(batch)} responses together; the first: {batch[0]}" if culprit is None \
             else f"response {culprit.index}: {culprit}"
         advice = "raise timeout_s, or make it faster" if isinstance(error, TimeoutError) \
@@ -174,12 +174,13 @@ class FunctionScorer:
         return RewardError(f"reward function {self.name}: expected scores, got "
                            f"{type(error).__name__}: {error}, from {where}; {advice}")
 
-    def _fails(self, sample: "_Sample") -> bool:
+    def _error_of(self, sample: "_Sample") -> Exception | None:
+        """What the function raises for one response alone."""
         try:
             self._call([sample])
-        except Exception:
-            return True
-        return False
+        except Exception as error:
+            return error
+        return None
 
     def _number(self, score: object, sample: "_Sample") -> float:
         """One score as a finite float."""
