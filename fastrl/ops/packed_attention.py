@@ -37,6 +37,9 @@ CUDNN_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
                SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 MAX_PADDING = 1.25
 """Padded tokens per real token in one call of the dense kernel."""
+CPU_LENGTH_UNIT = 16
+"""The dense CPU kernel takes exponentials 16 keys at a time and the last few of a row one by one,
+with other last bits. Rows of whole sixteens have the same bits whatever the length around them."""
 
 
 def packed_attention_reference(
@@ -230,9 +233,17 @@ def varlen_arguments(
 def _attend_equal_lengths(
     query: Tensor, key: Tensor, value: Tensor, length: int, scale: float, window: int | None
 ) -> Tensor:
-    """One dense call on views of the inputs."""
+    """One dense call on views of the inputs, or on padded copies where a CPU wants whole units."""
     q, k, v = (x.view(-1, length, *x.shape[1:]) for x in (query, key, value))
-    return _dense_attention(q, k, v, scale, window).flatten(0, 1)
+    missing = whole_units(length, query.device) - length
+    if missing:
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (q, k, v))
+    return _dense_attention(q, k, v, scale, window)[:, :length].flatten(0, 1)
+
+
+def whole_units(length: int, device: torch.device) -> int:
+    """Tokens that a sequence of `length` is padded to for the dense kernel."""
+    return -(-length // CPU_LENGTH_UNIT) * CPU_LENGTH_UNIT if device.type == "cpu" else length
 
 
 def _attend_groups(
@@ -252,6 +263,7 @@ def _attend_groups(
             rows.append(torch.arange(alone.start, alone.stop, device=query.device))
             continue
         members = torch.tensor(group, device=query.device)
+        longest = whole_units(longest, query.device)
         offsets = torch.arange(longest, device=query.device)
         packed_rows = cu_seqlens[members, None] + offsets  # [b, S]
         real = packed_rows < cu_seqlens[members + 1, None]

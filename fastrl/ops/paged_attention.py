@@ -18,7 +18,7 @@ from torch import Tensor
 from fastrl.backends import choose
 from fastrl.checks import check_device, check_values
 from fastrl.errors import ShapeError
-from fastrl.ops.packed_attention import kernel_limits
+from fastrl.ops.packed_attention import kernel_limits, whole_units
 
 # Triton first on a GPU, before any has measured it: the torch path asks the device for lengths in
 # every pass, so a decode step waits for it and no CUDA graph can hold one. flash_attn comes second:
@@ -32,6 +32,9 @@ FLASH_PAGE_UNIT = 256
 """Tokens of a page of flash_attn are a multiple of this."""
 DENSE_BLOCK = 512
 """Keys that the dense CPU kernel takes at a time."""
+MIN_EXACT_ROWS = 4
+"""Query rows of the dense CPU kernel: with one or two it makes products of another kind, with other
+last bits than those of a whole prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,9 @@ class PagedPlan:
     slots_are_finite: bool = False
     """No slot of the pages holds NaN or infinity, written or not. Then a CPU reads keys and values
     of sequences that have one page where they lie."""
+    is_exact: bool = False
+    """On a CPU, float32 rows over at most 256 tokens get the bits of packed_attention: for heads
+    without others beside them, up to half more time."""
     groups: list[PagedGroup] | None = None
     """Of the torch path."""
     tables: dict[str, Tensor] = field(default_factory=dict)
@@ -239,7 +245,7 @@ def _paged_attention_torch(
     """Sequences of one shape go together, as many at a time as fit CHUNK_BYTES."""
     if plan.groups is None:
         plan.groups = list(_groups(query, kv_pages, page_table, kv_lens, cu_seqlens_q,
-                                   max_seqlen_q, plan.slots_are_finite))
+                                   max_seqlen_q, plan))
     out = torch.zeros_like(query)
     for group in plan.groups:
         chunk = query.index_select(0, group.rows_q)
@@ -253,7 +259,7 @@ def _paged_attention_torch(
 
 def _groups(
     query: Tensor, kv_pages: Tensor, page_table: Tensor, kv_lens: Tensor, cu_seqlens_q: Tensor,
-    max_seqlen_q: int, slots_are_finite: bool,
+    max_seqlen_q: int, plan: PagedPlan,
 ) -> Iterator[PagedGroup]:
     """Sequences by (query tokens, cached tokens rounded up, whether the query is all there is)."""
     page_size, num_kv_heads, channels = kv_pages.shape[3:]
@@ -266,10 +272,14 @@ def _groups(
             num_units = size_bucket(-(-kv_len // SLOT_UNIT))
             members[length_q, num_units, length_q == kv_len > 1].append(row)
     for (length_q, num_units, is_prompt), rows in members.items():
-        num_rows = length_q if is_prompt else length_q * (query.shape[1] // num_kv_heads)
-        num_slots = length_q if is_prompt else num_units * SLOT_UNIT
+        if is_prompt:
+            num_rows = num_slots = whole_units(length_q, query.device)
+        else:
+            num_rows = length_q * (query.shape[1] // num_kv_heads)
+            num_rows = max(num_rows, MIN_EXACT_ROWS) if plan.is_exact else num_rows
+            num_slots = num_units * SLOT_UNIT
         num_rows, num_slots = _dense_shape(num_rows, num_slots, channels)
-        if slots_are_finite and num_slots <= page_size and channels % 4 == 0:
+        if plan.slots_are_finite and num_slots <= page_size and channels % 4 == 0:
             batches = _arithmetic_runs(page_table[rows, 0].tolist(), rows)
         else:
             step = max(1, CHUNK_BYTES // (num_slots * slot_bytes))
