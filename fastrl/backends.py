@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ NAMES = ("auto", *BACKENDS, *LIBRARIES)
 
 logger = logging.getLogger("fastrl")
 _current: ContextVar[str | None] = ContextVar("fastrl_backend", default=None)
+_preferred: ContextVar[Mapping[str, str]] = ContextVar("fastrl_preferred", default={})  # noqa: B039
 _chosen: dict[tuple[str, str, torch.dtype], str] = {}
 
 
@@ -71,6 +72,20 @@ def use_backend(name: str) -> Iterator[None]:
         _current.reset(token)
 
 
+@contextmanager
+def prefer(backends: Mapping[str, str]) -> Iterator[None]:
+    """Inside the block "auto" asks these backends first, and the others where they cannot run.
+
+    Args:
+        backends: File of an op (`kernel` of `choose`) -> backend.
+    """
+    token = _preferred.set(backends)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
+
+
 def choose(
     op: str, kernel: str, preference: tuple[str, ...], device_type: str, dtype: torch.dtype,
     backend: str | None = None, limits: tuple[tuple[str, str], ...] = (),
@@ -108,7 +123,8 @@ def choose(
             raise _unavailable(op, requested, refusal, works, _reach(backend))
         return requested
     refusals: dict[str, str] = {}
-    for name in preference:
+    first = _preferred.get().get(kernel)
+    for name in sorted(preference, key=lambda name: name != first):
         refusal = refusal_of(name, False)
         if refusal is None:
             _log_once(op, name, device_type, dtype, refusals)

@@ -105,6 +105,10 @@ class EngineConfig:
     """Decode steps on a GPU are captured once for each size of the batch and then replayed: auto
     where all of a step can be captured, with a warning that says why not; on fails where not. The
     pages then keep their memory between calls. Never changes a response."""
+    exact: bool = True
+    """A response has the same bits whatever runs beside it, and log-probs that are the update's:
+    the settings of fastrl/exactness/settings.py, and passes padded to rows that kernels treat
+    alike. False pads nothing and leaves torch's defaults."""
 
     def __post_init__(self) -> None:
         _positive(self, ("page_size", "num_pages", "max_batch_size", "max_prefill_tokens",
@@ -359,9 +363,10 @@ class PPOConfig(TrainConfig):
     then saved beside it (else the average beside them)."""
     keep_best: bool = True
     """Keep the checkpoint with the best held-out score minus beta times KL."""
-    logprob_tolerance: float = 1e-4
-    """Largest accepted difference between rollout and update log-probs of sampled rows; above
-    it the iteration recomputes old log-probs and warns."""
+    logprob_tolerance: float | None = None
+    """Largest accepted difference between rollout and update log-probs of sampled rows; above it
+    the iteration recomputes old log-probs and warns. None: 1e-5 for weights of 32 bits or more, 0
+    (the same bits) for 16, whose rounding moves a ratio by several percent."""
     num_logprob_checks: int = 8
     """Responses of each iteration recomputed with the update's forward for that test."""
 
@@ -371,9 +376,10 @@ class PPOConfig(TrainConfig):
                          "rollout_batch_size", "minibatch_size", "num_inner_epochs",
                          "num_samples_per_prompt", "max_prompt_tokens", "kl_target", "kl_horizon",
                          "clip_range", "value_clip_range", "reward_clip", "max_approx_kl",
-                         "max_kl", "eval_steps", "num_eval_prompts", "logprob_tolerance"))
+                         "max_kl", "eval_steps", "num_eval_prompts"))
         _not_negative(self, ("kl_coef", "value_coef", "entropy_coef", "ptx_coef", "ptx_ratio",
-                             "num_critic_warmup_iterations", "num_logprob_checks"))
+                             "num_critic_warmup_iterations", "num_logprob_checks",
+                             "logprob_tolerance"))
         for name in ("gamma", "lam"):
             check(0 <= getattr(self, name) <= 1, name, "a number from 0 to 1", getattr(self, name))
         check(self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay",

@@ -5,19 +5,19 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from fastrl.config import EngineConfig, SamplingConfig
 from fastrl.engine.cache import KVCache, pages_for
-from fastrl.engine.exactness import invariant_rows, row_multiple
 from fastrl.engine.generation import Generation
 from fastrl.engine.graphs import StepGraphs, graphs_for, rung
 from fastrl.engine.request import Request, SharedPrompt
 from fastrl.engine.text import Decoder, TextPieces
 from fastrl.errors import ConfigError, DataError
+from fastrl.exactness import exact_math, invariant_rows, row_multiple, set_workspaces
 from fastrl.models import CausalLM
 from fastrl.ops.paged_attention import slots_read
 from fastrl.ops.sampling import request_seeds
@@ -60,7 +60,11 @@ class Engine:
         self.model = model
         self.config = config or EngineConfig()
         self.encoder = encoder
-        self._min_rows, self._row_multiple = invariant_rows(model), row_multiple(model)
+        self._min_rows, self._row_multiple = 1, 1
+        if self.config.exact:
+            set_workspaces(model.lm_head.weight.device.type)
+            with self._exact_math():
+                self._min_rows, self._row_multiple = invariant_rows(model), row_multiple(model)
         self._idle_cache: KVCache | None = None
         self._active: list[Generation] = []
         self._graphs: StepGraphs | None = None
@@ -95,7 +99,7 @@ class Engine:
         generation = self._begin(
             requests, one_at_a_time=any(request.text is not None for request in requests))
         try:
-            with _evaluating(self.model):
+            with self._exact_math(), _evaluating(self.model):
                 while not generation.is_finished:
                     generation.step()
                     if on_progress is not None:
@@ -127,7 +131,7 @@ class Engine:
         try:
             while not generation.is_finished:
                 count = generation.num_tokens
-                with _evaluating(self.model):
+                with self._exact_math(), _evaluating(self.model):
                     generation.step()
                 if generation.num_tokens == count:
                     continue  # a token was replayed into a new cache
@@ -166,13 +170,18 @@ class Engine:
         cache = self._take_cache(requests)
         graphs = None
         if all(active.graphs is None for active in self._active):  # their tensors are for one call
-            graphs = self._graphs = graphs_for(self.model, self.config, cache, self._graphs)
+            with self._exact_math():
+                graphs = self._graphs = graphs_for(self.model, self.config, cache, self._graphs)
         generation = Generation(
             self.model, self.config, cache, requests, tuple(self.model.spec.eos_token_ids),
             row_count=self._row_count, batch_rows=self._batch_rows, graphs=graphs,
             one_at_a_time=one_at_a_time)
         self._active.append(generation)
         return generation
+
+    def _exact_math(self) -> AbstractContextManager[None]:
+        """The settings of exact mode, where it is on."""
+        return exact_math(self.model.lm_head.weight.device.type, is_exact=self.config.exact)
 
     def _row_count(self, num_rows: int) -> int:
         """Rows of a forward pass that has `num_rows` real ones."""

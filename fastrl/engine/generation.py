@@ -57,7 +57,7 @@ class Generation:
         self.num_finished = 0
         self.cache = cache
         self.graphs = graphs
-        self._model = model
+        self._model, self._is_exact = model, config.exact
         self._device = cache.kv_pages.device
         self._row_count, self._batch_rows = row_count, batch_rows
         self._step = 0
@@ -66,7 +66,7 @@ class Generation:
         if graphs is not None:  # which calls of about one length share
             self._max_pages = size_bucket(self._max_pages)
         self.results = Results(requests, self._device)
-        self._device_step = DeviceStep(model, cache)
+        self._device_step = DeviceStep(model, cache, is_exact=config.exact)
         kind = self._device.type
         self._steps_per_round = 1 if one_at_a_time else (
             config.sync_every or STEPS_PER_ROUND.get(kind, STEPS_PER_ROUND["cuda"]))
@@ -132,7 +132,7 @@ class Generation:
     ) -> None:
         """Put the keys and values of new prompts into `pages`, and keep their hidden states."""
         hidden = compute_prompts(self._model, self.cache, [p.token_ids for p in prompts], pages,
-                                 self._row_count)
+                                 self._row_count, is_exact=self._is_exact)
         for prompt, row in zip(prompts, hidden.unbind(), strict=True):
             prompt.hidden = row
 

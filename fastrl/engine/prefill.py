@@ -14,7 +14,7 @@ from fastrl.ops.paged_attention import PagedPlan
 
 def compute_prompts(
     model: CausalLM, cache: KVCache, prompts: Sequence[Sequence[int]],
-    pages: Sequence[Sequence[int]], row_count: Callable[[int], int],
+    pages: Sequence[Sequence[int]], row_count: Callable[[int], int], *, is_exact: bool,
 ) -> Tensor:
     """[B, D] hidden states of the last token of each prompt; keys and values go into `pages`.
 
@@ -22,6 +22,7 @@ def compute_prompts(
         prompts: Token ids of each.
         pages: Pages of each, enough for its tokens.
         row_count: Rows that a forward pass of n rows is padded to.
+        is_exact: Rows of attention get the bits of a packed pass.
     """
     device, page_size = cache.kv_pages.device, cache.page_size
     lengths = [len(prompt) for prompt in prompts]
@@ -42,7 +43,7 @@ def compute_prompts(
         cache.kv_pages, send(page_table, device),
         send(F.pad(slots, (0, num_dummies), value=-1), device), send(bounds, device),
         upload([*lengths, 0], device), max(*lengths, num_dummies), max(lengths),
-        PagedPlan(slots_are_finite=True))
+        PagedPlan(slots_are_finite=True, is_exact=is_exact))
     hidden = model(send(F.pad(token_ids, (0, num_dummies)), device),
                    send(F.pad(positions, (0, num_dummies)), device), attention)
     last: Tensor = hidden.index_select(0, send(bounds[1:-1] - 1, device))

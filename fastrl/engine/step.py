@@ -38,11 +38,13 @@ class DeviceStep:
     Args:
         model: In eval mode, gradients off, whenever a step runs.
         cache: Where keys and values lie.
+        is_exact: Rows of attention get the bits of a packed pass.
     """
 
-    def __init__(self, model: CausalLM, cache: KVCache) -> None:
+    def __init__(self, model: CausalLM, cache: KVCache, *, is_exact: bool) -> None:
         self._model = model
         self._cache = cache
+        self._is_exact = is_exact
         self._logits: Tensor | None = None
 
     def decode(
@@ -65,7 +67,7 @@ class DeviceStep:
         attention = PagedAttention(
             self._cache.kv_pages, batch.page_table, slots,
             torch.arange(len(slots) + 1, device=slots.device), positions + batch.alive, 1,
-            max_kv_len, PagedPlan(slots_are_finite=True))
+            max_kv_len, PagedPlan(slots_are_finite=True, is_exact=self._is_exact))
         hidden = self._model(batch.token_ids, positions, attention)
         self.draw(hidden, batch, settings, recent, replays=replays)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastrl.advantages import gae
 from fastrl.config import PPOConfig
 from fastrl.engine import Engine
+from fastrl.exactness import exact_math
 from fastrl.kl_control import make_kl_controller
 from fastrl.metrics import PhaseTimer, RunFolder
 from fastrl.models.causal_lm import CausalLM, ScalarModel
@@ -33,6 +34,12 @@ from fastrl.trainers.common import (
     prepare_backbone,
     stream_indices,
 )
+from fastrl.trainers.old_logprobs import (
+    largest_gap,
+    logprob_tolerance,
+    update_logprobs,
+    warn_of_gap,
+)
 from fastrl.trainers.ppo_checks import (
     check_models,
     check_rollout_finite,
@@ -47,7 +54,6 @@ from fastrl.trainers.ppo_update import (
     backward_policy,
     batch_metrics,
     eval_metrics,
-    max_logprob_gap,
     mean_by_name,
     unpack_sequences,
 )
@@ -56,12 +62,6 @@ from fastrl.types import Prompt, Rollout, TokenExample
 
 logger = logging.getLogger("fastrl")
 
-GAP_WARNING = (
-    "iteration %d: log-probs of the engine and of the update's forward differ by up to %.2g on the "
-    "same tokens and weights (logprob_tolerance %.2g), so ratios would not start at 1; all old "
-    "log-probs of this iteration are recomputed. Usual causes: 16-bit weights, another attention "
-    "kernel in the engine, weights changed without engine.weights_changed()"
-)
 NUM_LOGGED_SAMPLES = 4
 """Held-out prompts whose responses are written out at every evaluation."""
 
@@ -171,6 +171,12 @@ class PPOTrainer:
         Raises:
             NumericsError: at the first NaN or infinity, before it reaches the weights.
         """
+        with exact_math(self.policy.lm_head.weight.device.type,
+                        is_exact=self.config.engine.exact):
+            return self._step()
+
+    def _step(self) -> dict[str, float]:
+        """The iteration, under the settings that make its forward passes agree."""
         config, timer = self.config, PhaseTimer()
         if self.iteration == 0 and config.eval_steps is not None:
             self._log(self.evaluate())
@@ -242,16 +248,14 @@ class PPOTrainer:
 
     def _old_logprobs(self, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
         """The rollout's own log-probs [B, T] while recomputed rows agree, else all recomputed."""
-        if self.config.num_logprob_checks == 0:
-            return rollout.rollout_logprobs, {}
-        gap = max_logprob_gap(self.policy, rollout, self.config, self.iteration)
-        old_logprobs = rollout.rollout_logprobs
-        if not gap <= self.config.logprob_tolerance:
+        config, old_logprobs = self.config, rollout.rollout_logprobs
+        if config.num_logprob_checks == 0:
+            return old_logprobs, {}
+        gap, row = largest_gap(self.policy, rollout, config, self.iteration)
+        if not gap <= logprob_tolerance(config, self.policy.lm_head.weight.dtype):
             self.num_recomputed += 1
-            logger.warning(GAP_WARNING, self.iteration, gap, self.config.logprob_tolerance)
-            old_logprobs, _ = response_logprobs(self.policy, rollout,
-                                                self.config.sampling.temperature,
-                                                self.config.max_tokens_per_microbatch)
+            warn_of_gap(self.engine, self.policy, rollout, config, self.iteration, gap, row)
+            old_logprobs = update_logprobs(self.policy, rollout, config)
         return old_logprobs, {"logprob/gap_max": gap,
                               "logprob/num_recomputed": float(self.num_recomputed)}
 

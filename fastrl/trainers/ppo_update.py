@@ -11,7 +11,6 @@ from torch import Tensor
 from fastrl.config import PPOConfig
 from fastrl.errors import ConfigError
 from fastrl.models.causal_lm import CausalLM, ScalarModel, scalar_from_causal
-from fastrl.models.scoring import response_logprobs
 from fastrl.ops import (
     PolicyStats,
     ValueStats,
@@ -23,7 +22,7 @@ from fastrl.ops import (
 )
 from fastrl.packing import predict_rows, response_target_mask
 from fastrl.rewards import adjust_scores
-from fastrl.trainers.common import accumulate, derive_seed, epoch_permutation, packed_forward
+from fastrl.trainers.common import accumulate, packed_forward
 from fastrl.types import Rollout
 
 
@@ -163,23 +162,6 @@ def backward_critic(
     stats = sum(parts[1:], parts[0])
     return {"loss/value": float(stats.value_loss / stats.count),
             "clip/value_fraction": float(stats.clip_fraction / stats.count)}
-
-
-def max_logprob_gap(
-    policy: CausalLM, rollout: Rollout, config: PPOConfig, iteration: int
-) -> float:
-    """Largest difference between the engine's log-probs and the update's, over sampled rows.
-
-    Args:
-        policy: The weights that made the rollout.
-        iteration: Chooses which `num_logprob_checks` responses are recomputed.
-    """
-    seed = derive_seed(config.seed, "logprob_checks")
-    order = epoch_permutation(rollout.batch_size, seed, iteration)
-    part = rollout.select(order[:config.num_logprob_checks])
-    again, _ = response_logprobs(policy, part, config.sampling.temperature,
-                                 config.max_tokens_per_microbatch)
-    return float((again - part.rollout_logprobs).abs().max())
 
 
 def initial_critic(

@@ -22,12 +22,8 @@ from fastrl.models.causal_lm import CausalLM
 from fastrl.models.decoder import new_decoder
 from fastrl.models.scoring import response_logprobs
 from fastrl.models.weights import load_causal_lm
-from fastrl.trainers.ppo_update import (
-    backward_critic,
-    backward_policy,
-    batch_metrics,
-    max_logprob_gap,
-)
+from fastrl.trainers.old_logprobs import largest_gap
+from fastrl.trainers.ppo_update import backward_critic, backward_policy, batch_metrics
 from fastrl.types import Prompt, Rollout
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -146,10 +142,11 @@ def other_rotary_base(policy: CausalLM) -> CausalLM:
     return other
 
 
-@pytest.mark.parametrize("change", [shifted_weights, other_rotary_base])
+@pytest.mark.parametrize(("change", "place"), [
+    (shifted_weights, "embedding"), (other_rotary_base, "layer 0 attention")])
 def test_a_mismatch_between_engine_and_update_is_caught(
     task: SimpleNamespace, caplog: pytest.LogCaptureFixture,
-    change: Callable[[CausalLM], CausalLM],
+    change: Callable[[CausalLM], CausalLM], place: str,
 ) -> None:
     trainer = task.make_trainer(minibatch_size=8)
     trainer.engine = Engine(change(trainer.policy), trainer.config.engine)
@@ -157,7 +154,7 @@ def test_a_mismatch_between_engine_and_update_is_caught(
         metrics = trainer.step()
     assert metrics["logprob/gap_max"] > 1e-3
     assert metrics["logprob/num_recomputed"] == 1
-    assert "ratios would not start at 1" in caplog.text and "Usual causes" in caplog.text
+    assert f"first in: {place}. Ratios would not start at 1" in caplog.text
     # The update starts from the recomputed log-probs; the ratio to the engine's is shown as it is.
     assert metrics["kl/approx"] < 1e-8 and metrics["clip/fraction"] == 0
     assert metrics["ratio/first_minibatch_max_error"] > 1e-3
@@ -184,7 +181,8 @@ def test_number_of_log_prob_checks(task: SimpleNamespace, num_checks: int) -> No
         logprobs = rollout.rollout_logprobs.clone()
         logprobs[row, 0] += 0.5
         wrong = dataclasses.replace(rollout, rollout_logprobs=logprobs)
-        num_seen += max_logprob_gap(trainer.policy, wrong, trainer.config, 0) > 0.4
+        gap, found = largest_gap(trainer.policy, wrong, trainer.config, 0)
+        num_seen += gap > 0.4 and found == row
     assert num_seen == num_checks
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastrl.engine import exactness
-from fastrl.engine.exactness import (
+from fastrl.exactness import rows as exactness
+from fastrl.exactness.rows import (
     invariant_rows,
     row_multiple,
     smallest_invariant_rows,

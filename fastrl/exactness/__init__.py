@@ -1,0 +1,9 @@
+"""Exact mode: a row has the same bits in rollout, scoring and update, whatever runs beside it.
+
+settings.py says what is set and why, rows.py how many rows a product needs.
+"""
+
+from fastrl.exactness.rows import invariant_rows, row_multiple
+from fastrl.exactness.settings import exact_math, set_workspaces
+
+__all__ = ["exact_math", "invariant_rows", "row_multiple", "set_workspaces"]

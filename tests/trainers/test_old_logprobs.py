@@ -1,0 +1,162 @@
+"""Old log-probs are the rollout's: who says so, who notices where not, and what happens then."""
+
+import copy
+import dataclasses
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastrl.config import EngineConfig, PPOConfig
+from fastrl.engine import Engine, difference
+from fastrl.engine.difference import NOWHERE, first_difference
+from fastrl.errors import ConfigError
+from fastrl.models import CausalLM, DecoderConfig, new_decoder
+from fastrl.trainers.old_logprobs import largest_gap, logprob_tolerance, update_logprobs
+
+
+def engine_with(policy: CausalLM, **changes: Any) -> Engine:
+    """An engine whose model has the policy's own weights, at every step, and other settings."""
+    other = new_decoder(dataclasses.replace(policy.backbone.config, **changes), seed=0)
+    for name, module in other.named_modules():
+        for key in list(module._parameters):
+            setattr(module, key, policy.get_submodule(name)._parameters[key])
+    return Engine(other, EngineConfig(page_size=4, max_batch_size=8))
+
+
+def deep_model() -> CausalLM:
+    """Three layers, wide enough that each one moves the log-probs."""
+    return new_decoder(DecoderConfig(
+        family="llama", vocab_size=13, hidden_size=16, num_layers=3, num_heads=2, num_kv_heads=2,
+        head_dim=8, rotary_dim=8, intermediate_size=24, max_positions=32, initializer_range=0.4,
+        eos_token_ids=(1,)), seed=0)
+
+
+def test_a_planted_rotary_base_is_caught_at_once_named_and_survived(
+    task: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = task.make_trainer(deep_model(), num_iterations=3)
+    trainer.engine = engine_with(trainer.policy, rotary_base=100.0)
+    before = task.weights_of(trainer.policy)
+    with caplog.at_level(logging.WARNING, logger="fastrl"):
+        metrics = [trainer.step() for _ in range(3)]
+    assert [m["logprob/num_recomputed"] for m in metrics] == [1, 2, 3]
+    warnings = [r.getMessage() for r in caplog.records if "log-probs of the engine" in r.message]
+    assert len(warnings) == 3 and warnings[0].startswith("iteration 0: ")
+    assert all("first in: layer 0 attention." in warning for warning in warnings)
+    # Training goes on, from log-probs of the update's own forward.
+    assert not task.equal(before, task.weights_of(trainer.policy))
+    assert all(abs(m["kl/approx"]) < 1 for m in metrics)
+
+
+@pytest.mark.parametrize(("part", "name"), [
+    ("layers.0.mlp.up", "layer 0 mlp"), ("layers.1.attention.out", "layer 1 attention"),
+    ("layers.2.mlp.down", "layer 2 mlp"), ("final_norm", "final norm")])
+def test_the_first_part_that_differs_is_named(
+    task: SimpleNamespace, part: str, name: str
+) -> None:
+    policy = deep_model()
+    other = copy.deepcopy(policy)
+    with torch.no_grad():
+        other.backbone.get_submodule(part).weight.mul_(1.01)
+    found = first_difference(Engine(other), policy, [2, 3, 4], task.SETTINGS["sampling"],
+                             tolerance=1e-5, seed=1, request_id=5)
+    assert found == name
+
+
+def test_a_head_of_its_own_and_equal_models_are_told_apart(task: SimpleNamespace) -> None:
+    policy, sampling = deep_model(), task.SETTINGS["sampling"]
+    other = copy.deepcopy(policy)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.1)
+    arguments: dict[str, Any] = {"tolerance": 1e-5, "seed": 1, "request_id": 5}
+    assert first_difference(Engine(other), policy, [2, 3], sampling, **arguments) == "lm_head"
+    assert first_difference(Engine(policy), policy, [2, 3], sampling, **arguments) == NOWHERE
+
+
+def test_what_only_adds_up_is_called_rounding(
+    task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = deep_model()
+    other = copy.deepcopy(policy)
+    with torch.no_grad():
+        other.backbone.layers[1].mlp.up.weight.mul_(1 + 1e-6)
+    states = difference.first_difference(
+        Engine(other), policy, [2, 3], task.SETTINGS["sampling"], tolerance=1e-5, seed=1,
+        request_id=5)
+    assert states == NOWHERE  # log-probs agree, so that there is nothing to explain
+    monkeypatch.setattr(difference, "linear_logprobs", lambda *args, **kwargs: (
+        torch.zeros(1), None))
+    found = difference.first_difference(
+        Engine(other), policy, [2, 3], task.SETTINGS["sampling"], tolerance=1e-5, seed=1,
+        request_id=5)
+    assert found == "rounding, which begins in layer 1 mlp"
+
+
+def test_another_architecture_is_compared_as_a_whole(task: SimpleNamespace) -> None:
+    class Wrapped(torch.nn.Module):
+        """A trunk whose parts nobody knows."""
+
+        def __init__(self, trunk: torch.nn.Module) -> None:
+            super().__init__()
+            self.trunk = trunk
+
+        def forward(self, *inputs: Any) -> Any:
+            return self.trunk(*inputs)
+
+    policy = deep_model()
+    other = copy.deepcopy(policy)
+    for model in (policy, other):
+        model.backbone = Wrapped(model.backbone)
+    with torch.no_grad():
+        other.backbone.trunk.embed.weight.mul_(1.1)
+    assert first_difference(Engine(other), policy, [2, 3], task.SETTINGS["sampling"],
+                            tolerance=1e-5, seed=1, request_id=5) == "hidden states"
+
+
+def test_the_tolerance_follows_the_type_of_the_weights() -> None:
+    assert logprob_tolerance(PPOConfig(), torch.float32) == 1e-5
+    assert logprob_tolerance(PPOConfig(), torch.bfloat16) == 0
+    assert logprob_tolerance(PPOConfig(logprob_tolerance=0.0), torch.float32) == 0
+    assert logprob_tolerance(PPOConfig(logprob_tolerance=1e-3), torch.bfloat16) == 1e-3
+    with pytest.raises(ConfigError, match="logprob_tolerance: expected a number of at least 0"):
+        PPOConfig(logprob_tolerance=-1e-5)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 7, 20, 8192])
+def test_recomputed_logprobs_are_the_rollouts_under_any_microbatch(
+    task: SimpleNamespace, max_tokens: int
+) -> None:
+    trainer = task.make_trainer(deep_model(), max_tokens_per_microbatch=max_tokens)
+    rollout = task.catch_batch(trainer).rollout
+    again = update_logprobs(trainer.policy, rollout, trainer.config)
+    assert not again.requires_grad and (again[~rollout.response_mask] == 0).all()
+    torch.testing.assert_close(again, rollout.rollout_logprobs, rtol=0, atol=1e-5)
+
+
+def test_nan_is_a_gap(task: SimpleNamespace) -> None:
+    trainer = task.make_trainer()
+    rollout = task.catch_batch(trainer).rollout
+    rollout.rollout_logprobs[3, 0] = torch.nan
+    gap, row = largest_gap(trainer.policy, rollout, trainer.config, 0)
+    assert gap != gap and row == 3
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_the_update_is_inside_exact_mode_where_it_is_on(task: SimpleNamespace, exact: bool) -> None:
+    trainer, seen = task.make_trainer(engine=EngineConfig(exact=exact)), list[str]()
+
+    def note(*_: object) -> None:
+        if torch.is_grad_enabled():
+            seen.append(torch.get_float32_matmul_precision())
+
+    trainer.policy.backbone.embed.register_forward_hook(note)
+    torch.set_float32_matmul_precision("high")
+    try:
+        trainer.step()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {"highest" if exact else "high"}
