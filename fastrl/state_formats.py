@@ -41,11 +41,14 @@ def exact_sqrt(values: Tensor, out: Tensor) -> Tensor:
     """Square roots, correctly rounded: on a CPU torch's are off by one bit in half a percent.
 
     Args:
-        values, out: One shape and dtype, no gradient; `out` may be `values`.
+        values, out: One shape and dtype, no gradient; `out` may be `values`. numpy gets hold of
+            the memory of `out`, which can then not be parked any more: it has to be a temporary.
     """
     if values.device.type != "cpu":
         return torch.sqrt(values, out=out)
-    np.sqrt(values.numpy(), out=out.numpy())
+    if out is not values:
+        out.copy_(values)
+    np.sqrt(out.numpy(), out=out.numpy())
     return out
 
 

@@ -1,0 +1,1 @@
+"""What training takes in memory, and where it is."""
