@@ -181,3 +181,10 @@ def check_share(op: str, **numbers: float) -> None:
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which an op computes: float32, or float64 for float64 inputs."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def check_resident(owner: str, tensor: Tensor) -> None:
+    """Raise ConfigError for a tensor that is parked on the host (`fastrl.memory.parking`)."""
+    if tensor.numel() and not tensor.untyped_storage().nbytes():
+        raise ConfigError(f"{owner}: expected weights in memory, got parked ones; use it inside "
+                          "`with trainer.residents.phase(...)`, or set parking to off")

@@ -369,6 +369,9 @@ class PPOConfig(TrainConfig):
     (the same bits) for 16, whose rounding moves a ratio by several percent."""
     num_logprob_checks: int = 8
     """Responses of each iteration recomputed with the update's forward for that test."""
+    parking: Literal["auto", "on", "off"] = "auto"
+    """What a phase does not need waits on the host: for a GPU in pinned memory, for a CPU in a file
+    of the run's folder. on: everything, off: nothing, auto: nothing yet. Never changes a number."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastrl.checks import wide_dtype
+from fastrl.checks import check_resident, wide_dtype
 from fastrl.config import TrainConfig
 from fastrl.errors import ConfigError, ShapeError
 from fastrl.ops import adamw_step, grad_norm
@@ -98,6 +98,7 @@ class AdamW:
             learning_rate: Of this step.
             scale: Multiplies the gradients on the way, see `clip_scale`; None: 1.
         """
+        check_resident("AdamW", self._first[0])
         self.num_steps += 1
         active = [i for i, p in enumerate(self.parameters) if p.grad is not None]
         for dtype in dict.fromkeys(self.parameters[i].dtype for i in active):

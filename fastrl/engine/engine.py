@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastrl.checks import check_resident
 from fastrl.config import EngineConfig, SamplingConfig
 from fastrl.engine.cache import KVCache, pages_for
 from fastrl.engine.generation import Generation
@@ -289,6 +290,7 @@ class Engine:
 @contextmanager
 def _evaluating(model: CausalLM) -> Iterator[None]:
     """Eval mode and no gradients inside; every module's own mode afterwards."""
+    check_resident("engine", model.lm_head.weight)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

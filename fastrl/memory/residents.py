@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrl.errors import ConfigError
 from fastrl.memory.parking import ParkingPlace
@@ -21,8 +21,18 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 """Phase of PPO -> residents that it needs, all or, where it says so, one after the other."""
 
+PARKABLE = frozenset({"policy", "policy_optimizer", "ema", "reference", "critic",
+                      "critic_optimizer", "reward_model"})
+"""Residents whose content outlives the phases that need it."""
+
 CONSTANT = frozenset({"reference", "reward_model"})
 """Residents that training never writes: parked again, they need no copy."""
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers."""
+    return [*model.parameters(), *model.buffers()]
+
 
 ListTensors = Callable[[], Iterable[Tensor]]
 Owners = frozenset[str]
@@ -42,7 +52,7 @@ class Residents:
         spare_bytes: Phase -> bytes that its plan leaves free. What the next phase needs is fetched
             while this one computes, as far as it fits there.
     Raises:
-        ConfigError: when parks names what is no resident.
+        ConfigError: when parks names what is no resident, or does not outlive its phase.
     Example:
         >>> weights = torch.ones(1000)
         >>> residents = Residents({"critic": lambda: [weights]}, {"critic"}, torch.device("cpu"))
@@ -58,10 +68,9 @@ class Residents:
         self, parts: Mapping[str, ListTensors], parks: Set[str], device: torch.device,
         *, folder: Path | None = None, spare_bytes: Mapping[str, int] | None = None,
     ) -> None:
-        known = {name for names in NEEDS.values() for name in names}
-        if not parks <= known:
-            raise ConfigError(f"parks: expected names out of {sorted(known)}, got "
-                              f"{sorted(parks - known)}; use these names")
+        if not parks <= PARKABLE:
+            raise ConfigError(f"parks: expected names out of {sorted(PARKABLE)}, got "
+                              f"{sorted(parks - PARKABLE)}; use these names")
         self.parts, self.parks, self.device = dict(parts), frozenset(parks), device
         self._folder, self._spare_bytes = folder, dict(spare_bytes or {})
         self._places: dict[Owners, ParkingPlace] = {}

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fastrl.checks import check_resident
 from fastrl.models.attention import PackedAttention
 from fastrl.models.causal_lm import CausalLM, ScalarModel
 from fastrl.ops import linear_logprobs
@@ -26,11 +27,13 @@ from fastrl.types import Rollout
 @contextmanager
 def inference(model: nn.Module) -> Iterator[torch.device]:
     """No gradients and eval mode inside the block; yields the model's device."""
+    weight = next(model.parameters())
+    check_resident(type(model).__name__, weight)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            yield next(model.parameters()).device
+            yield weight.device
     finally:
         model.train(was_training)
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastrl.checks import check_resident
 from fastrl.config import TrainConfig
 from fastrl.errors import ConfigError, DataError, NumericsError
 from fastrl.models.attention import PackedAttention
@@ -131,7 +132,9 @@ def packed_forward(
     Returns:
         The model's output ([N, D] of a CausalLM, [N] of a ScalarModel) and the batch it read.
     """
-    batch = pack_sequences(sequences, next(model.parameters()).device)
+    weight = next(model.parameters())
+    check_resident(type(model).__name__, weight)
+    batch = pack_sequences(sequences, weight.device)
     attention = PackedAttention(batch.cu_seqlens, batch.max_seqlen)
     return model(batch.token_ids, batch.positions, attention), batch
 

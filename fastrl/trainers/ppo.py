@@ -10,6 +10,8 @@ paper, with reasons, are in docs/algorithms.md.
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from fastrl.config import PPOConfig
 from fastrl.engine import Engine
 from fastrl.exactness import exact_math
 from fastrl.kl_control import make_kl_controller
+from fastrl.memory.residents import PARKABLE, Residents, tensors_of
 from fastrl.metrics import PhaseTimer, RunFolder
 from fastrl.models.causal_lm import CausalLM, ScalarModel
 from fastrl.models.scoring import response_logprobs, response_values
@@ -122,15 +125,25 @@ class PPOTrainer:
         for model in (policy, critic):
             prepare_backbone(model, config)
         self.engine = Engine(policy, config.engine, encoder=encoder)
-        self.policy_optimizer = AdamW.from_config(policy.parameters(), config)
-        self.critic_optimizer = AdamW.from_config(critic.parameters(), config)
+        self.residents = Residents(
+            {name.replace(" ", "_"): partial(tensors_of, model) for name, model in models.items()},
+            PARKABLE if config.parking == "on" else frozenset(),
+            policy.lm_head.weight.device, folder=None if run is None else run.path)
+        with self.residents.phase("policy_update"):
+            self.policy_optimizer = AdamW.from_config(policy.parameters(), config)
+            self.weights = KeptWeights(policy, config)
+        with self.residents.phase("critic_update"):
+            self.critic_optimizer = AdamW.from_config(critic.parameters(), config)
+        self.residents.parts |= {
+            "policy_optimizer": lambda: self.policy_optimizer.state_dict().values(),
+            "critic_optimizer": lambda: self.critic_optimizer.state_dict().values(),
+            "ema": self.weights.averages}
         self.policy_schedule = Schedule.from_config(config, max(
             1, config.num_iterations - config.num_critic_warmup_iterations))
         self.critic_schedule = Schedule.from_config(config, config.num_iterations,
                                                     config.critic_learning_rate)
         self.kl_controller = make_kl_controller(config.kl_controller, config.kl_coef,
                                                 config.kl_target, config.kl_horizon)
-        self.weights = KeptWeights(policy, config)
         self.iteration = 0
         self.num_ptx_windows = 0
         self.num_recomputed = 0
@@ -155,9 +168,10 @@ class PPOTrainer:
         while self.iteration < self.num_steps and self.stop_reason is None:
             metrics = self.step()
             progress.update(self.iteration, metrics)
-        if self.run is not None:
-            self.weights.save_other(self.run.path)
-        chosen = self.weights.load_chosen()
+        with self.residents.phase("evaluation", "policy", "ema"):
+            if self.run is not None:
+                self.weights.save_other(self.run.path)
+            chosen = self.weights.load_chosen()
         self.engine.weights_changed()
         reason = self.stop_reason or f"all {self.num_steps} iterations done"
         logger.info("PPO ended: %s; weights kept: %s", reason, chosen)
@@ -187,7 +201,7 @@ class PPOTrainer:
                                self.iteration * num_prompts, num_prompts)
 
         # rollout
-        with timer.phase("rollout"):
+        with self._phase(timer, "rollout"):
             rollout = self.engine.generate(
                 [self.prompts[i].token_ids for i in drawn], config.sampling,
                 seed=derive_seed(config.seed, "rollout", self.iteration),
@@ -195,10 +209,13 @@ class PPOTrainer:
             )
 
         # evaluate
-        with timer.phase("scoring"):
+        with self._phase(timer, "scoring", "policy"):
             old_logprobs, gap_metrics = self._old_logprobs(rollout)
+        with self._phase(timer, "scoring", "reference"):
             ref_logprobs = self._ref_logprobs(rollout)
+        with self._phase(timer, "scoring", "critic"):
             values = response_values(self.critic, rollout, config.max_tokens_per_microbatch)
+        with self._phase(timer, "scoring", "reward_model"):
             raw_scores = self.scorer(rollout)
         check_rollout_finite(self.iteration, rollout, scores=raw_scores, old_logprobs=old_logprobs,
                              ref_logprobs=ref_logprobs, values=values)
@@ -232,7 +249,8 @@ class PPOTrainer:
                 self.kl_controller.update(metrics["kl/policy_ref"], rollout.batch_size)
 
         # publish
-        self.engine.weights_changed()
+        with self.residents.phase("rollout"):
+            self.engine.weights_changed()
         self.iteration += 1
         if self._is_evaluation_due():
             with timer.phase("eval"):
@@ -240,6 +258,12 @@ class PPOTrainer:
         metrics |= timer.metrics(int(rollout.response_mask.sum()))
         self._log(metrics)
         return metrics
+
+    @contextmanager
+    def _phase(self, timer: PhaseTimer, name: str, *parts: str) -> Iterator[None]:
+        """A phase, or a part of it, with its clock running and what it needs in memory."""
+        with timer.phase(name), self.residents.phase(name, *parts):
+            yield
 
     @property
     def _trains_policy(self) -> bool:
@@ -293,11 +317,11 @@ class PPOTrainer:
         """
         minibatches = list(self._minibatches(batch.rollout.batch_size))
         metrics: dict[str, float] = {}
-        with timer.phase("policy_update"):
+        with self._phase(timer, "policy_update"):
             if self._trains_policy:
                 metrics, num_steps = self._update_policy(batch, minibatches)
                 minibatches = minibatches[:num_steps]
-        with timer.phase("critic_update"):
+        with self._phase(timer, "critic_update"):
             metrics |= mean_by_name([self._step_critic(batch, rows) for rows in minibatches])
         return metrics | {"update/num_minibatches": float(len(minibatches))}
 
@@ -373,19 +397,25 @@ class PPOTrainer:
         """
         if not self.eval_prompts:
             return {}
-        config = self.config
-        with self.weights.for_evaluation():
-            self.engine.weights_changed()
-            rollout = self.engine.generate([p.token_ids for p in self.eval_prompts],
-                                           config.sampling, seed=derive_seed(config.seed, "eval"))
-            ref_logprobs, raw_scores = self._ref_logprobs(rollout), self.scorer(rollout)
+        config, phase = self.config, partial(self.residents.phase, "evaluation")
+        with self.weights.for_evaluation(self.residents):
+            with phase("policy", "kv_cache"):
+                self.engine.weights_changed()
+                rollout = self.engine.generate(
+                    [p.token_ids for p in self.eval_prompts], config.sampling,
+                    seed=derive_seed(config.seed, "eval"))
+            with phase("reference"):
+                ref_logprobs = self._ref_logprobs(rollout)
+            with phase("reward_model"):
+                raw_scores = self.scorer(rollout)
             check_rollout_finite(self.iteration, rollout, scores=raw_scores,
                                  ref_logprobs=ref_logprobs)
             metrics = eval_metrics(rollout, ref_logprobs, raw_scores, config)
-            if self.eval_ptx:
-                metrics["eval/ptx_loss"] = evaluate_token_loss(
-                    self.policy, self.eval_ptx, config.max_tokens_per_microbatch)
-            self.weights.offer(self.iteration, metrics["eval/objective"])
+            with phase("policy"):
+                if self.eval_ptx:
+                    metrics["eval/ptx_loss"] = evaluate_token_loss(
+                        self.policy, self.eval_ptx, config.max_tokens_per_microbatch)
+                self.weights.offer(self.iteration, metrics["eval/objective"])
         self.engine.weights_changed()
         self._log_samples(rollout, raw_scores)
         return metrics

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrl.config import PPOConfig
+from fastrl.memory.residents import Residents
 from fastrl.models.causal_lm import CausalLM
 from fastrl.models.weights import save_causal_lm
 from fastrl.optim import EMA
@@ -47,14 +48,28 @@ class KeptWeights:
         if self.ema is not None:
             self.ema.update()
 
+    def averages(self) -> list[Tensor]:
+        """The average's tensors, none where there is no average."""
+        return [] if self.ema is None else self.ema.averages
+
     @contextmanager
-    def for_evaluation(self) -> Iterator[None]:
-        """Inside the block the policy has the weights that are judged: the average, or its own."""
-        if self.ema is not None and self.config.eval_with_ema:
-            with self.ema.swapped():
-                yield
-        else:
+    def for_evaluation(self, residents: Residents) -> Iterator[None]:
+        """Inside the block the policy has the weights that are judged: the average, or its own.
+
+        The average is in memory while it is copied only; the policy is there at the end.
+        """
+        if self.ema is None or not self.config.eval_with_ema:
             yield
+            return
+        with residents.phase("evaluation", "policy", "ema"):
+            kept = [p.detach().clone() for p in self.policy.parameters()]
+            self.ema.copy_to()
+        try:
+            yield
+        finally:
+            with residents.phase("evaluation", "policy"), torch.no_grad():
+                for p, weight in zip(self.policy.parameters(), kept, strict=True):
+                    p.copy_(weight)
 
     def offer(self, iteration: int, objective: float) -> None:
         """Keep a copy of the policy's present weights when they are the best so far."""

@@ -1,11 +1,21 @@
-"""The update learns from the policy's minibatches first, then from the critic's: equal numbers."""
+"""Phases of an iteration: policy before critic, and what each needs in memory. Equal numbers."""
 
+import copy
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from fastrl.config import PPOConfig
+from fastrl.engine import Engine
+from fastrl.errors import ConfigError
+from fastrl.memory.residents import PARKABLE
 from fastrl.metrics import PhaseTimer
+from fastrl.parsing import parse_config
+from fastrl.rewards import RewardModelScorer
+from fastrl.trainers.common import packed_forward
 from fastrl.trainers.ppo import PPOTrainer
 from fastrl.trainers.ppo_update import PPOBatch, backward_policy, mean_by_name
 
@@ -78,3 +88,109 @@ def test_the_critic_learns_after_the_policy(task: SimpleNamespace) -> None:
     metrics = trainer.step()
     assert events == ["policy", "policy", "critic", "critic"]
     assert metrics["time/policy_update_s"] > 0 and metrics["time/critic_update_s"] > 0
+
+
+PARKED: dict[str, dict[str, Any]] = {
+    "average judged": {"ema_decay": 0.9, "ptx_coef": 0.5},
+    "last judged": {"ema_decay": 0.9, "eval_with_ema": False, "optimizer_moments": "8bit"},
+    "critic warmup, no average": {"num_critic_warmup_iterations": 1, "ema_decay": None},
+    "stops at max_kl": {"max_kl": 0.3, "learning_rate": 3e-2, "num_iterations": 20, "kl_coef": 9.0},
+    "approximate KL, nothing best": {"max_approx_kl": 1e-3, "learning_rate": 3e-3,
+                                     "keep_best": False, "dtype": "bfloat16"},
+}
+
+
+def parked_trainer(task: SimpleNamespace, parking: str, **settings: Any) -> PPOTrainer:
+    """A trainer with a reward model, held-out prompts and pretraining windows."""
+    dtype = torch.bfloat16 if settings.get("dtype") == "bfloat16" else torch.float32
+    policy = task.tiny_model().to(dtype)
+    reward_model = task.tiny_critic(policy, seed=5)
+    trainer: PPOTrainer = task.make_trainer(
+        policy, critic=copy.deepcopy(reward_model), scorer=RewardModelScorer(reward_model),
+        inputs={"ptx": task.PTX, "eval_ptx": task.PTX, "eval_prompts": task.PROMPTS},
+        parking=parking, eval_steps=2, **settings)
+    return trainer
+
+
+@pytest.mark.parametrize("variant", PARKED)
+def test_parking_changes_no_number(task: SimpleNamespace, variant: str) -> None:
+    def run(parking: str) -> tuple[list[dict[str, float]], str, list[torch.Tensor], int]:
+        trainer = parked_trainer(task, parking, **PARKED[variant])
+        history: list[dict[str, float]] = []
+
+        def update(step: int, metrics: dict[str, float]) -> None:
+            history.append({name: value for name, value in metrics.items()
+                            if not name.startswith(("time/", "throughput/"))})
+            # Between iterations anyone may ask the policy, such as the answers to sample prompts.
+            trainer.engine.generate([[2, 3]], trainer.config.sampling, seed=step)
+
+        reason = trainer.train(SimpleNamespace(update=update))
+        num_parked = len(trainer.residents.parked)
+        trainer.residents.fetch_all()
+        tensors = [*task.weights_of(trainer.policy), *task.weights_of(trainer.critic),
+                   *task.weights_of(trainer.reference), *trainer.weights.averages(),
+                   *trainer.policy_optimizer.state_dict().values(),
+                   *trainer.critic_optimizer.state_dict().values()]
+        return history, reason, tensors, num_parked
+
+    history, reason, tensors, num_parked = run("on")
+    expected_history, expected_reason, expected_tensors, none_parked = run("off")
+    assert history == expected_history and reason == expected_reason
+    assert task.equal(tensors, expected_tensors)
+    assert num_parked >= 5 and none_parked == 0
+    if variant == "stops at max_kl":
+        assert "above max_kl" in reason
+
+
+def test_each_phase_has_what_it_needs_and_nothing_else(task: SimpleNamespace) -> None:
+    trainer = parked_trainer(task, "on", ema_decay=0.9)
+    seen: list[tuple[str, set[str]]] = []
+    phase = trainer.residents.phase
+
+    def note(name: str, *parts: str) -> Any:
+        context = phase(name, *parts)
+
+        def noted() -> Any:
+            with context:
+                seen.append((name, set(PARKABLE - trainer.residents.parked)))
+                yield
+
+        return contextmanager(noted)()
+
+    trainer.residents.phase = note  # type: ignore[method-assign]
+    trainer.evaluate()
+    trainer.step()
+    evaluation = [
+        ("evaluation", {"policy", "ema"}), ("evaluation", {"policy"}),
+        ("evaluation", {"reference"}), ("evaluation", {"reward_model"}),
+        ("evaluation", {"policy"}), ("evaluation", {"policy"})]
+    assert seen == [
+        *evaluation, *evaluation,
+        ("rollout", {"policy"}), ("scoring", {"policy"}), ("scoring", {"reference"}),
+        ("scoring", {"critic"}), ("scoring", {"reward_model"}),
+        ("policy_update", {"policy", "policy_optimizer", "ema"}),
+        ("critic_update", {"critic", "critic_optimizer"}), ("rollout", {"policy"})]
+
+
+def test_a_parked_model_says_so(task: SimpleNamespace) -> None:
+    trainer = parked_trainer(task, "on")
+    trainer.step()
+    example = [task.PTX[0].token_ids]
+    assert trainer.residents.parked >= {"reference", "critic", "policy_optimizer"}
+    with pytest.raises(ConfigError, match="engine: expected weights in memory, got parked ones"):
+        Engine(trainer.reference).generate([[2, 3]], trainer.config.sampling, seed=0)
+    with pytest.raises(ConfigError, match="ScalarModel: expected weights in memory"):
+        packed_forward(trainer.critic, example)
+    with pytest.raises(ConfigError, match="AdamW: expected weights in memory"):
+        trainer.policy_optimizer.step(1e-3)
+    with trainer.residents.phase("scoring", "critic"):
+        assert packed_forward(trainer.critic, example)[0].isfinite().all()
+
+
+def test_auto_and_off_park_nothing_yet(task: SimpleNamespace) -> None:
+    for parking in ("auto", "off"):
+        trainer = parked_trainer(task, parking)
+        trainer.step()
+        assert trainer.residents.parked == frozenset()
+    with pytest.raises(ConfigError, match="parking"):
+        parse_config(PPOConfig, {"parking": "sometimes"}, "recipe")
