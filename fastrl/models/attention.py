@@ -21,7 +21,7 @@ from fastrl.ops import (
     rotary_write_kv,
     write_kv,
 )
-from fastrl.ops.paged_attention import PagedPlan
+from fastrl.ops.paged_attention import PagedPlan, SharedPrefixes
 
 
 class Attention(Protocol):
@@ -127,6 +127,8 @@ class PagedAttention:
     """Tokens of the longest sequence."""
     plan: PagedPlan = field(default_factory=PagedPlan)
     """What all layers of the pass share."""
+    prefixes: SharedPrefixes | None = None
+    """What sequences of a decode step share, where reading it once pays."""
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float,
@@ -153,5 +155,5 @@ class PagedAttention:
         return paged_attention(
             query, self.kv_pages, layer, self.page_table, self.kv_lens, self.cu_seqlens_q,
             max_seqlen_q=self.max_seqlen_q, max_kv_len=self.max_kv_len, scale=scale, window=window,
-            plan=self.plan,
+            prefixes=self.prefixes, plan=self.plan,
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastrl.backends import choose
 from fastrl.checks import check_device, check_values
+from fastrl.environment import checks_values
 from fastrl.errors import ShapeError
 from fastrl.ops.packed_attention import kernel_limits, whole_units
 
@@ -35,6 +36,17 @@ DENSE_BLOCK = 512
 MIN_EXACT_ROWS = 4
 """Query rows of the dense CPU kernel: with one or two it makes products of another kind, with other
 last bits than those of a whole prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPrefixes:
+    """Sequences of a decode step that begin with the same pages. They stand beside each other."""
+
+    groups: Tensor
+    """[G, 2] int64, the first sequence of a group and how many there are; 0, 0: no group."""
+    shared_lens: Tensor
+    """[B] int64, tokens in the pages that a sequence shares with its group, whole pages; 0 where
+    it is in none. A sequence of a group has more tokens cached, or none at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +96,15 @@ class PagedPlan:
 def paged_attention_reference(
     query: Tensor, kv_pages: Tensor, layer: int, page_table: Tensor, kv_lens: Tensor,
     cu_seqlens_q: Tensor, *, max_seqlen_q: int, max_kv_len: int, scale: float,
-    window: int | None = None,
+    window: int | None = None, prefixes: SharedPrefixes | None = None,
 ) -> Tensor:
-    """paged_attention, one sequence at a time with a plain softmax."""
+    """paged_attention, one sequence at a time, the shared pages as its group's first has them."""
     page_size, num_kv_heads = kv_pages.shape[3], kv_pages.shape[4]
+    if prefixes is not None:
+        page_table = page_table.clone()
+        for first, count in prefixes.groups.tolist():
+            num_shared = int(prefixes.shared_lens[first]) // page_size if count else 0
+            page_table[first : first + count, :num_shared] = page_table[first, :num_shared].clone()
     out = torch.zeros_like(query)
     bounds = cu_seqlens_q.tolist()
     for row, kv_len in enumerate(kv_lens.tolist()):
@@ -114,6 +131,7 @@ def _visible(query_positions: Tensor, key_positions: Tensor, window: int | None)
 def _check(
     query: Tensor, kv_pages: Tensor, layer: int, page_table: Tensor, kv_lens: Tensor,
     cu_seqlens_q: Tensor, max_seqlen_q: int, max_kv_len: int, window: int | None,
+    prefixes: SharedPrefixes | None,
 ) -> None:
     if query.dim() != 3 or kv_pages.dim() != 6 or kv_pages.shape[2] != 2:
         raise ShapeError(
@@ -160,13 +178,58 @@ def _check(
             f"paged_attention: max_seqlen_q and window must be at least 1, got {max_seqlen_q} "
             f"and {window}"
         )
+    if prefixes is not None:
+        _check_prefixes(prefixes, page_table, kv_lens, max_seqlen_q, kv_pages.shape[3])
     check_values("paged_attention", query=query)
+
+
+def _check_prefixes(
+    prefixes: SharedPrefixes, page_table: Tensor, kv_lens: Tensor, max_seqlen_q: int,
+    page_size: int,
+) -> None:
+    """Shapes and types; what the numbers say where FASTRL_CHECK is 1."""
+    groups, shared_lens = prefixes.groups, prefixes.shared_lens
+    for name, index in (("groups", groups), ("shared_lens", shared_lens)):
+        if index.dtype != torch.int64 or index.device != kv_lens.device:
+            raise ShapeError(f"paged_attention: expected prefixes.{name} int64 on "
+                             f"{kv_lens.device}, got {index.dtype} on {index.device}")
+    if groups.dim() != 2 or groups.shape[1] != 2 or shared_lens.shape != kv_lens.shape:
+        raise ShapeError(
+            f"paged_attention: expected prefixes with groups [G, 2] and shared_lens "
+            f"{list(kv_lens.shape)}, got {list(groups.shape)} and {list(shared_lens.shape)}")
+    if max_seqlen_q != 1:
+        raise ShapeError(f"paged_attention: prefixes are of steps of one token per sequence, got "
+                         f"max_seqlen_q {max_seqlen_q}; leave them out for prompts")
+    if torch.compiler.is_compiling() or not checks_values():
+        return
+    expected = torch.zeros_like(shared_lens)
+    for first, count in groups.tolist():
+        rows = slice(first, first + count)
+        if not 0 <= first <= first + count <= len(kv_lens) or count and expected[rows].any():
+            raise ShapeError(f"paged_attention: expected groups of sequences 0 to "
+                             f"{len(kv_lens) - 1} without one in two of them, got {first} and "
+                             f"{count} more, itself included (FASTRL_CHECK=1)")
+        if count:
+            expected[rows] = shared = int(shared_lens[first])
+            pages = page_table[rows, : shared // page_size]
+            lens = kv_lens[rows]
+            if shared < 1 or shared % page_size or (pages != pages[:1]).any() \
+                    or ((lens <= shared) & (lens > 0)).any():
+                raise ShapeError(
+                    f"paged_attention: expected sequences {first} to {first + count - 1} to share "
+                    f"their first {shared} tokens in whole pages of {page_size} and to have more "
+                    f"tokens or none, got lengths {lens.tolist()} and pages {pages.tolist()} "
+                    "(FASTRL_CHECK=1)")
+    if not torch.equal(expected, shared_lens):
+        raise ShapeError(f"paged_attention: expected shared_lens of the groups, "
+                         f"{expected.tolist()}, got {shared_lens.tolist()} (FASTRL_CHECK=1)")
 
 
 def paged_attention(
     query: Tensor, kv_pages: Tensor, layer: int, page_table: Tensor, kv_lens: Tensor,
     cu_seqlens_q: Tensor, *, max_seqlen_q: int, max_kv_len: int, scale: float,
-    window: int | None = None, plan: PagedPlan | None = None, backend: str | None = None,
+    window: int | None = None, prefixes: SharedPrefixes | None = None,
+    plan: PagedPlan | None = None, backend: str | None = None,
 ) -> Tensor:
     """Causal attention of the newest tokens of each sequence over its cached tokens.
 
@@ -187,6 +250,8 @@ def paged_attention(
         max_seqlen_q, max_kv_len: The longest of each, known to the host.
         scale: Factor of the scores, usually C ** -0.5.
         window: Keys a query may see, itself included; None sees all before it.
+        prefixes: What may be read once for several sequences of a decode step. No bit of the
+            result depends on it. Triton reads once what it can; the others read the table of each.
         plan: One object for all layers of a pass, so that the first does for all of them what
             depends on the arguments other than query, layer, scale and window. Triton needs none.
         backend: See fastrl.backends.
@@ -206,7 +271,7 @@ def paged_attention(
         tensor([[[1., 1.]]])
     """
     _check(query, kv_pages, layer, page_table, kv_lens, cu_seqlens_q, max_seqlen_q, max_kv_len,
-           window)
+           window, prefixes)
     name = choose("paged_attention", "paged_attention", PREFERENCE, query.device.type, query.dtype,
                   backend, _limits(kv_pages))
     plan = plan or PagedPlan()
@@ -215,7 +280,9 @@ def paged_attention(
 
         return triton_kernels.paged_attention(
             query, kv_pages, layer, page_table, kv_lens, cu_seqlens_q, max_seqlen_q=max_seqlen_q,
-            max_kv_len=max_kv_len, scale=scale, window=window)
+            max_kv_len=max_kv_len, scale=scale, window=window,
+            groups=None if prefixes is None else prefixes.groups,
+            shared_lens=None if prefixes is None else prefixes.shared_lens)
     if name == "flash":
         from fastrl_kernels.flash import paged_attention as flash_kernels
 

@@ -241,7 +241,7 @@ def test_registered_op() -> None:
     inputs["kv_pages"] = inputs["kv_pages"].nan_to_num()
     keywords = [inputs.pop(k) for k in ("max_seqlen_q", "max_kv_len", "scale")]
     torch.library.opcheck(torch.ops.fastrl_kernels.paged_attention,
-                          (*inputs.values(), *keywords, 4))
+                          (*inputs.values(), *keywords, 4, None, None))
 
 
 def test_compiles_to_one_graph() -> None:
