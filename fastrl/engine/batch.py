@@ -4,7 +4,7 @@ Shape letters: R rows (running sequences, then dummies), K steps of a round, V v
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ class DecodeBatch:
 
     size: int
     """Real rows; dummies follow."""
+    has_groups: bool
+    """Some rows share pages that are to be read once."""
     index: Tensor
     """[R] int64, row of the results."""
     alive: Tensor
@@ -43,29 +45,46 @@ class DecodeBatch:
     """[R, pages] int64."""
     seen: Tensor
     """[R, V] bool, tokens of prompt and response; [R, 0] where no penalty needs it."""
+    shared_lens: Tensor
+    """[R] int64, tokens in the pages that a row shares with its group, if `has_groups`."""
+    groups: Tensor
+    """[R, 2] int64, first row and rows of each group, if `has_groups`; zeros follow."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "size"}
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     def select(self, rows: Sequence[int]) -> "DecodeBatch":
-        """The real rows `rows`, in that order, without dummies."""
+        """The real rows `rows`, in that order, without dummies and groups."""
         index = upload(rows, self.index.device)
-        return DecodeBatch(len(rows), **{
+        return DecodeBatch(len(rows), False, **{
             name: tensor.index_select(0, index) for name, tensor in self.tensors().items()})
 
     def join(self, other: "DecodeBatch") -> "DecodeBatch":
-        """The real rows of both, without dummies."""
+        """The real rows of both, without dummies and groups."""
         more = other.tensors()
-        return DecodeBatch(self.size + other.size, **{
+        return DecodeBatch(self.size + other.size, False, **{
             name: torch.cat([tensor[: self.size], more[name][: other.size]])
             for name, tensor in self.tensors().items()})
 
     def pad(self, num_rows: int, trash: int) -> "DecodeBatch":
-        """`num_rows` rows: dummies follow, and their results go to row `trash`."""
+        """`num_rows` rows: dummies follow, and their results go to row `trash`. Without groups."""
         padded = {name: pad_rows(tensor, num_rows) for name, tensor in self.tensors().items()}
         padded["index"][self.size :] = trash
-        return DecodeBatch(self.size, **padded)
+        return DecodeBatch(self.size, False, **padded)
+
+    def with_groups(self, groups: Sequence[tuple[int, int, int]]) -> "DecodeBatch":
+        """The same rows, with (first row, rows, tokens that they share) of every group."""
+        if not groups:
+            return replace(self, has_groups=False)
+        num_rows, device = len(self.index), self.index.device
+        shared_lens, table = [0] * num_rows, [(0, 0)] * num_rows
+        for number, (first, count, tokens) in enumerate(groups):
+            table[number] = first, count
+            shared_lens[first : first + count] = [tokens] * count
+        return replace(self, has_groups=True, shared_lens=upload(shared_lens, device),
+                       groups=upload(table, device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,11 @@ class KVCache:
         return len(self._references)
 
     @property
+    def token_bytes(self) -> int:
+        """Of the keys and values of a token in one layer."""
+        return 2 * math.prod(self.kv_pages.shape[4:]) * self.kv_pages.element_size()
+
+    @property
     def num_free(self) -> int:
         """Pages that nobody holds."""
         return len(self._free)

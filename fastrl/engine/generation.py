@@ -15,6 +15,7 @@ from fastrl.engine.cache import KVCache, pages_for
 from fastrl.engine.flags import Flags
 from fastrl.engine.graphs import StepGraphs
 from fastrl.engine.prefill import compute_prompts
+from fastrl.engine.prefixes import prefix_groups
 from fastrl.engine.request import Request, SharedPrompt
 from fastrl.engine.results import Results
 from fastrl.engine.scheduler import Admission, Scheduler, starting_order
@@ -151,13 +152,14 @@ class Generation:
                 seen[row, torch.tensor(request.prompt.token_ids)] = True
         zeros = column([0] * len(requests))
         return DecodeBatch(
-            size=len(requests), index=column(r.index for r in requests), alive=zeros + 1,
-            stopped=zeros.clone(),
+            size=len(requests), has_groups=False, index=column(r.index for r in requests),
+            alive=zeros + 1, stopped=zeros.clone(),
             seeds=column(r.seed for r in requests), token_ids=zeros.clone(),
             kv_lens=column(len(r.prompt.token_ids) for r in requests),
             num_generated=zeros.clone(), max_tokens=column(r.max_tokens for r in requests),
             num_recorded=column(r.num_recorded for r in requests),
             page_table=send(table, self._device), seen=send(seen, self._device),
+            shared_lens=zeros.clone(), groups=zeros[:, None].repeat(1, 2),
         )
 
     def _decode(self) -> None:
@@ -202,8 +204,12 @@ class Generation:
             self.scheduler.number_rows()
 
     def _arrange(self, batch: DecodeBatch) -> None:
-        """Make `batch` the decode batch: dummies after its rows, settings beside it."""
-        batch = batch.pad(self._batch_rows(batch.size), len(self.requests))
+        """Make `batch` the decode batch: dummies after its rows, settings beside it.
+
+        Its rows are those of `scheduler.running`.
+        """
+        batch = batch.pad(self._batch_rows(batch.size), len(self.requests)).with_groups(
+            prefix_groups(self.scheduler.running, self.cache.page_size, self.cache.token_bytes))
         settings = self._settings.select(batch.index)
         if self.graphs is None:
             self._batch, self._row_settings = batch, settings

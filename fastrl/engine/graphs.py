@@ -76,6 +76,7 @@ class StepKey:
     has_penalty: bool
     has_minimum: bool
     is_truncated: bool
+    has_groups: bool
     replays: bool
 
     @classmethod
@@ -85,7 +86,8 @@ class StepKey:
         """Of a step over placed tensors."""
         num_rows, table_width = batch.page_table.shape
         return cls(num_rows, table_width, recent.token_ids.shape[1], settings.stop_ids.shape[1],
-                   settings.has_penalty, settings.has_minimum, settings.is_truncated, replays)
+                   settings.has_penalty, settings.has_minimum, settings.is_truncated,
+                   batch.has_groups, replays)
 
 
 def fixed_parts(model: CausalLM, pages: KVCache, max_batch_size: int) -> tuple[Any, ...]:
@@ -198,7 +200,8 @@ class StepGraphs:
             for name, tensor in _tensors(source).items():
                 getattr(target, name)[:num_rows].copy_(tensor)
         first = partial(_first_rows, num_rows=num_rows)
-        return (replace(_map_tensors(all_rows, first), size=batch.size),
+        return (replace(_map_tensors(all_rows, first), size=batch.size,
+                        has_groups=batch.has_groups),
                 replace(_map_tensors(all_settings, first), has_penalty=settings.has_penalty,
                         has_minimum=settings.has_minimum, is_truncated=settings.is_truncated),
                 replace(_map_tensors(recent, first), column=recent.column))

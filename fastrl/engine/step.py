@@ -11,7 +11,7 @@ from fastrl.engine.batch import DecodeBatch, RecentTokens
 from fastrl.engine.cache import KVCache
 from fastrl.engine.settings import Settings
 from fastrl.models import CausalLM, PagedAttention
-from fastrl.ops.paged_attention import PagedPlan
+from fastrl.ops.paged_attention import PagedPlan, SharedPrefixes
 
 
 def project_logits(
@@ -64,10 +64,13 @@ class DeviceStep:
         page = batch.page_table.gather(1, (positions // page_size)[:, None]).squeeze(1)
         slots = torch.where(batch.alive > 0, page * page_size + positions % page_size, -1)
         batch.kv_lens.add_(batch.alive)
+        prefixes = None
+        if batch.has_groups:  # of two rows at least
+            prefixes = SharedPrefixes(batch.groups[: len(slots) // 2], batch.shared_lens)
         attention = PagedAttention(
             self._cache.kv_pages, batch.page_table, slots,
             torch.arange(len(slots) + 1, device=slots.device), positions + batch.alive, 1,
-            max_kv_len, PagedPlan(slots_are_finite=True, is_exact=self._is_exact))
+            max_kv_len, PagedPlan(slots_are_finite=True, is_exact=self._is_exact), prefixes)
         hidden = self._model(batch.token_ids, positions, attention)
         self.draw(hidden, batch, settings, recent, replays=replays)
 

@@ -1,5 +1,6 @@
 """paged_attention where sequences share their first pages: the bits of each alone, read once."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 from fastrl_kernels.triton import packed_attention as packed
 from torch import Tensor
 
+from fastrl.config import EngineConfig, SamplingConfig
+from fastrl.engine import Engine, prefixes
+from fastrl.models import DecoderConfig, attention, new_decoder
 from fastrl.ops import paged_attention
 from fastrl.ops.paged_attention import SharedPrefixes, paged_attention_reference
 
@@ -14,7 +18,7 @@ PAGE_SIZE, LAYERS = 16, 2
 FLOORS = {torch.float32: 4e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 BLOCK_N = {torch.float32: 16, torch.float16: 64, torch.bfloat16: 64}
 Group = tuple[int, list[int]]
-"""(shared tokens, tokens of its own of each sequence; None of either: a dead one)."""
+"""(shared tokens, tokens of its own of each sequence)."""
 DEAD = -1
 
 
@@ -81,8 +85,9 @@ LONG: list[Group] = [(S, [1, 40]), (S + 80, [3, 500, DEAD]), (S - 64, [70, 2]),
                      (2 * S, [9, 1]), (0, [30])]
 
 
-@pytest.mark.parametrize("window", [None, 50, 150])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype, window", [
+    (torch.float16, None), (torch.float16, 150), (torch.float32, 50), (torch.bfloat16, None)],
+    ids=str)
 def test_groups_in_one_split(dtype: torch.dtype, window: int | None) -> None:
     inputs = decode(SHORT, dtype=dtype)
     out = assert_bits_of_each_alone(inputs, window=window)
@@ -140,7 +145,7 @@ def test_whole_blocks_are_read_by_the_pages_of_the_first_alone(groups: list[Grou
 
 def test_a_loose_bound_on_lengths_and_strides() -> None:
     """As in a captured graph; and indices that lie apart."""
-    inputs = decode(SHORT)
+    inputs = decode([(80, [5, 9]), (0, [3])], (2, 1))
     expected = ours(inputs)
     wide = torch.nn.functional.pad(inputs["page_table"], (0, 100))
     assert torch.equal(ours(inputs, page_table=wide, max_kv_len=3 * S), expected)
@@ -176,3 +181,26 @@ def test_compiles_to_one_graph() -> None:
     inputs = decode([(64, [5, 9])], (2, 1))
     compiled = torch.compile(paged_attention, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(**inputs, backend="triton"), ours(inputs))
+
+
+def test_an_engine_draws_the_same_bits_with_groups(
+    monkeypatch: pytest.MonkeyPatch, launches: list[str]
+) -> None:
+    sizes = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_layers": 1,
+             "num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "max_positions": 64}
+    model = new_decoder(DecoderConfig(family="llama", **sizes, initializer_range=0.3), 0)
+    model.to(torch.get_default_device())
+    monkeypatch.setattr(attention, "paged_attention", partial(paged_attention, backend="triton"))
+    engine = Engine(model, EngineConfig(page_size=8))
+    kernels, rollouts = [], []
+    for least in (0, 2**60):
+        monkeypatch.setattr(prefixes, "MIN_TOKENS", 1)
+        monkeypatch.setattr(prefixes, "MIN_SAVED_BYTES", least)
+        launches.clear()
+        rollouts.append(engine.generate(
+            [list(range(2, 28))], SamplingConfig(max_new_tokens=4, stop_token_ids=()),
+            num_samples_per_prompt=2))
+        kernels.append(set(launches))
+    assert kernels[0] - kernels[1] == {"_paged_attention_prefix_kernel"}
+    for name in ("token_ids", "response_mask", "rollout_logprobs", "entropy"):
+        assert torch.equal(*(getattr(rollout, name) for rollout in rollouts)), name

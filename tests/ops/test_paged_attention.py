@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from fastrl.ops.packed_attention import packed_attention
 from fastrl.ops.paged_attention import (
     SLOT_UNIT,
     PagedPlan,
+    SharedPrefixes,
     _arithmetic_runs,
     _dense_shape,
     _limits,
@@ -288,3 +290,78 @@ def test_slots_read_covers_what_the_dense_kernel_reads() -> None:
         for num_rows, channels in ((1, 48), (3, 8), (7, 4), (2, 64)):
             slots = size_bucket(-(-kv_len // SLOT_UNIT)) * SLOT_UNIT
             assert kv_len <= _dense_shape(num_rows, slots, channels)[1] <= slots_read(kv_len)
+
+
+def _shared() -> dict[str, Any]:
+    """Three sequences with 8 tokens in common, one alone, two with 4, of which one is dead."""
+    inputs = _inputs([1] * 6, [13, 9, 20, 7, 6, 5])
+    table = inputs["page_table"]
+    table[1:3, :2] = table[0, :2]
+    table[5, :1] = table[4, :1]
+    inputs["kv_lens"][5] = 0
+    return inputs | {"prefixes": SharedPrefixes(
+        torch.tensor([[0, 3], [4, 2], [0, 0]]), torch.tensor([8, 8, 8, 0, 4, 4]))}
+
+
+@pytest.mark.parametrize("window", [None, 3, 7])
+def test_sequences_that_share_pages(window: int | None) -> None:
+    inputs = _shared()
+    out = paged_attention(**inputs, window=window)
+    assert torch.equal(out, paged_attention(**inputs | {"prefixes": None}, window=window))
+    expected = paged_attention_reference(**inputs | {"prefixes": None}, window=window)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    # The reference takes what is shared from the first sequence of a group.
+    inputs["page_table"][1:3, :2] = inputs["page_table"][5, :1] = -9
+    assert torch.equal(paged_attention_reference(**inputs, window=window), expected)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"groups": torch.tensor([[0, 3]], dtype=torch.int32)},
+     "expected prefixes.groups int64 on cpu, got torch.int32"),
+    ({"shared_lens": torch.zeros(6)}, "expected prefixes.shared_lens int64 on cpu, got torch.fl"),
+    ({"groups": torch.tensor([0, 3])}, r"groups \[G, 2\] and shared_lens \[6\], got \[2\]"),
+    ({"shared_lens": torch.zeros(5, dtype=torch.int64)}, r"got \[3, 2\] and \[5\]"),
+])
+def test_malformed_prefixes(change: dict[str, Tensor], message: str) -> None:
+    inputs = _shared()
+    inputs["prefixes"] = replace(inputs["prefixes"], **change)
+    with pytest.raises(ShapeError, match=message):
+        paged_attention(**inputs)
+
+
+def test_prompts_have_no_prefixes() -> None:
+    inputs = _inputs([2, 1], [8, 9]) | {"prefixes": SharedPrefixes(
+        torch.tensor([[0, 2]]), torch.tensor([4, 4]))}
+    with pytest.raises(ShapeError, match="steps of one token per sequence, got max_seqlen_q 2"):
+        paged_attention(**inputs)
+
+
+@pytest.mark.parametrize(("groups", "shared_lens", "message"), [
+    ([[0, 3], [4, 3]], [8, 8, 8, 0, 4, 4], "groups of sequences 0 to 5 without one in two of them"),
+    ([[0, 3], [2, 2]], [8, 8, 8, 0, 0, 0], "without one in two of them, got 2 and 2 more"),
+    ([[0, 4], [4, 2]], [8, 8, 8, 8, 4, 4], "expected sequences 0 to 3 to share their first 8"),
+    ([[0, 3], [4, 2]], [6, 6, 6, 0, 4, 4], "share their first 6 tokens in whole pages of 4"),
+    ([[0, 3], [4, 2]], [8, 8, 8, 0, 4, 0], "expected shared_lens of the groups"),
+    ([[0, 2], [4, 2]], [8, 8, 8, 0, 4, 4], "expected shared_lens of the groups"),
+])
+def test_false_prefixes_are_found_where_values_are_checked(
+    groups: list[list[int]], shared_lens: list[int], message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = _shared()
+    inputs["prefixes"] = SharedPrefixes(torch.tensor(groups), torch.tensor(shared_lens))
+    paged_attention(**inputs)
+    monkeypatch.setenv("FASTRL_CHECK", "1")
+    with pytest.raises(ShapeError, match=message):
+        paged_attention(**inputs)
+    paged_attention(**_shared())
+
+
+def test_a_group_whose_sequence_ends_in_the_shared_pages_is_found(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTRL_CHECK", "1")
+    inputs = _shared()
+    inputs["kv_lens"][1] = 8
+    with pytest.raises(ShapeError, match="and to have more tokens or none, got lengths"):
+        paged_attention(**inputs)

@@ -18,10 +18,10 @@ that follow go on from there.
 
 Floor of a decode step in half precision: 4 Hk C bytes per cached token and layer, 4 Hq C per
 sequence; Hq / Hk operations per byte. Splits add 8 Hq (C + 2) bytes per SPLIT cached tokens, 2 %
-at Hq = 4 Hk. A shared token is read once for a group; each of its sequences reads and writes
-8 Hq (C + 2) bytes more, unless the shared blocks end with a split. Limits: float32, float16, bfloat16; C up to 256. Source: Dao 2023 (arXiv 2307.08691)
-and the Flash-Decoding note of the same group; heads as rows and static grids after vLLM's unified
-attention (arXiv 2511.11581).
+at Hq = 4 Hk. A shared token is read once for a group, and each of its sequences moves another
+8 Hq (C + 2) bytes, unless the shared blocks end with a split. Limits: float32, float16, bfloat16;
+C up to 256. Source: Dao 2023 (arXiv 2307.08691) and the Flash-Decoding note of the same group;
+heads as rows and static grids after vLLM's unified attention (arXiv 2511.11581).
 """
 
 import itertools
