@@ -8,7 +8,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class GenerateRun(SamplingConfig):
     """The settings of `fastrl generate`."""
 
-    model_name_or_path: str
+    model_name_or_path: str = field(metadata={"aliases": ("model",)})
     """Folder of the model."""
     prompts: tuple[str, ...] = ()
     """Prompt files: rows with `prompt` or `messages`."""
@@ -66,11 +66,13 @@ def sampling_for(config: SamplingConfig, model: "CausalLM", encoder: "TextEncode
     A response also ends with the token that ends a turn of the chat template, which a model's
     `config.json` often does not name.
     """
-    names = [field.name for field in dataclasses.fields(SamplingConfig)]
+    names = [setting.name for setting in dataclasses.fields(SamplingConfig)]
     settings = {name: getattr(config, name) for name in names}
     if config.stop_token_ids is None:
-        stops = (*model.spec.eos_token_ids, *encoder.eos_token_ids)
-        settings["stop_token_ids"] = tuple(dict.fromkeys(stops))
+        stops = dict.fromkeys((*model.spec.eos_token_ids, *encoder.eos_token_ids))
+        # A tokenizer may have more tokens than its model.
+        settings["stop_token_ids"] = tuple(
+            token for token in stops if token < model.spec.vocab_size)
     return SamplingConfig(**settings)
 
 

@@ -41,6 +41,8 @@ class Option:
     default: Any
     """dataclasses.MISSING where a value must be given."""
     sentence: str
+    aliases: tuple[str, ...] = ()
+    """Other names on the command line, from the field's metadata."""
 
 
 @cache
@@ -80,7 +82,8 @@ def options(cls: type) -> Iterator[Option]:
                          else getattr(default, inner.name))
                 yield dataclasses.replace(inner, name=f"{field.name}.{inner.name}", default=given)
         else:
-            yield Option(field.name, hint, default, sentences[field.name])
+            yield Option(field.name, hint, default, sentences[field.name],
+                         field.metadata.get("aliases", ()))
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
@@ -98,7 +101,8 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
         sentence = re.sub(r"\bNone\b", "null", option.sentence).replace("%", "%%")
         if not is_required:
             sentence += f" [{_written(option.default)}]".replace("%", "%%")
-        group.add_argument(f"--{option.name}", dest=option.name, default=argparse.SUPPRESS,
+        flags = [f"--{name}" for name in (option.name, *option.aliases)]
+        group.add_argument(*flags, dest=option.name, default=argparse.SUPPRESS,
                            metavar=_metavar(option.hint), help=sentence, **_shape(option.hint))
 
 

@@ -1,14 +1,19 @@
 """fastrl generate: rows that only lack ranks, whatever the number of prompts per call."""
 
 import json
+import re
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import fastrl.generate as generate_module
 from fastrl import cli
+from fastrl.config import SamplingConfig
 from fastrl.data import load_comparisons, load_encoder, word_tokenizer
+from fastrl.engine import Engine
 from fastrl.models import DecoderConfig, new_decoder
 from fastrl.models.weights import load_causal_lm, save_causal_lm
 
@@ -102,6 +107,56 @@ def test_one_prompt_to_standard_output(model: Path, capsys: pytest.CaptureFixtur
     assert row["prompt"] == "w3 w4" and len(row["completions"]) == 1
 
 
+def test_model_is_a_short_name(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = []
+    for name in ("--model", "--model_name_or_path"):
+        assert cli.main(["generate", name, str(model), "--prompt", "w3", "--quiet"]) == 0
+        rows.append(capsys.readouterr().out)
+    assert rows[0] == rows[1]
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    assert "--model_name_or_path TEXT, --model TEXT" in capsys.readouterr().out
+    assert cli.main(["generate", "--prompt", "w3"]) == 2
+    assert "missing 'model_name_or_path'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def readme(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """README.md, in a folder that has the model and the prompts which it names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/sft").mkdir(parents=True)
+    (tmp_path / "runs/sft/model").symlink_to(model)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(PROMPTS[0]) + "\n")
+    return (Path(generate_module.__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_command_in_the_readme_runs(readme: str) -> None:
+    (line,) = re.findall(r"^fastrl (generate .*?)  +#", readme, re.MULTILINE | re.DOTALL)
+    assert cli.main(shlex.split(line.replace("\\\n", ""))) == 0
+    (row,) = rows_of(Path("to_rank.jsonl"))
+    assert len(row["completions"]) == 6
+
+
+def test_the_three_lines_in_the_readme_run(readme: str) -> None:
+    (lines,) = re.findall(r"```python\n(engine = .*?)```", readme, re.DOTALL)
+    assert lines.count("\n") == 3
+    names = {"Engine": Engine, "load_causal_lm": load_causal_lm, "SamplingConfig": SamplingConfig}
+    exec(lines, names)
+    tokens, logprobs = names["tokens"], names["logprobs"]
+    assert 0 < len(tokens) <= 64 and bool((logprobs[:len(tokens)] < 0).all())
+
+
+@pytest.mark.parametrize(("stops", "expected"), [(None, (36,)), ((3,), (3,))])
+def test_stop_tokens_that_the_model_lacks_are_left_out_unless_asked_for(
+    stops: tuple[int, ...] | None, expected: tuple[int, ...]
+) -> None:
+    model = SimpleNamespace(spec=SimpleNamespace(eos_token_ids=(36,), vocab_size=37))
+    encoder = SimpleNamespace(eos_token_ids=(36, 37))
+    config = SamplingConfig(stop_token_ids=stops, top_k=7)
+    filled = generate_module.sampling_for(config, model, encoder)
+    assert filled == SamplingConfig(stop_token_ids=expected, top_k=7)
+
+
 def test_progress_goes_beside_the_rows(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generate", "--model_name_or_path", str(model), "--prompt", "w1",
                      "--max_new_tokens", "3"]) == 0
@@ -126,6 +181,8 @@ def test_existing_output_is_left_alone(model: Path, prompts: Path, tmp_path: Pat
     (["--prompt", "w1 w2 w3", "--max_prompt_tokens", "2"], "--prompt: expected 1 to 2 tokens, got"),
     (["--prompt", "w1", "--output", "/absent/out.jsonl"], "output: expected a folder at /absent"),
     (["--prompts", "absent.jsonl"], "absent.jsonl"),
+    (["--prompt", "w1", "--stop_token_ids", "3", "99999"],
+     "stop_token_ids: expected token ids from 0 to"),
     (["--prompt", "w1", "--temperature", "0"], "temperature: expected a number above 0"),
     (["--prompt", "w1", "--temperature", "1e-300"], "temperature: expected at least 1e-6"),
     (["--prompt", "w1", "--stop_token_ids", "-5"], "stop_token_ids: expected token ids of at"),

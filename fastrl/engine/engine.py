@@ -15,10 +15,16 @@ from fastrl.config import EngineConfig, SamplingConfig
 from fastrl.engine.cache import KVCache, pages_for
 from fastrl.engine.generation import Generation
 from fastrl.engine.graphs import StepGraphs, graphs_for, rung
-from fastrl.engine.request import Request, SharedPrompt
+from fastrl.engine.request import Request, SharedPrompt, check_stops, checked_prompt
 from fastrl.engine.text import Decoder, TextPieces
-from fastrl.errors import ConfigError, DataError
-from fastrl.exactness import exact_math, invariant_rows, row_multiple, set_workspaces
+from fastrl.errors import ConfigError
+from fastrl.exactness import (
+    exact_math,
+    invariant_rows,
+    multiplies_by_input,
+    row_multiple,
+    set_workspaces,
+)
 from fastrl.models import CausalLM
 from fastrl.ops.paged_attention import slots_read
 from fastrl.ops.sampling import request_seeds
@@ -62,10 +68,12 @@ class Engine:
         self.config = config or EngineConfig()
         self.encoder = encoder
         self._min_rows, self._row_multiple = 1, 1
+        self._by_input = multiplies_by_input(model)
         if self.config.exact:
             set_workspaces(model.lm_head.weight.device.type)
             with self._exact_math():
-                self._min_rows, self._row_multiple = invariant_rows(model), row_multiple(model)
+                self._min_rows = invariant_rows(model, by_input=self._by_input)
+                self._row_multiple = row_multiple(model)
         self._idle_cache: KVCache | None = None
         self._active: list[Generation] = []
         self._graphs: StepGraphs | None = None
@@ -92,7 +100,8 @@ class Engine:
             prompt p. Greedy log-probs are those of the distribution at `temperature`.
         Raises:
             DataError: when a prompt is empty, too long, or has ids outside the vocabulary.
-            ConfigError: when stop strings have no encoder, when there are not as many settings as
+            ConfigError: when stop strings have no encoder, when a stop token is none of the
+                vocabulary, when there are not as many settings as
                 prompts, or when one sequence cannot fit the cache.
         """
         requests = self._requests(prompts, sampling, seed, num_samples_per_prompt,
@@ -176,7 +185,7 @@ class Engine:
         generation = Generation(
             self.model, self.config, cache, requests, tuple(self.model.spec.eos_token_ids),
             row_count=self._row_count, batch_rows=self._batch_rows, graphs=graphs,
-            one_at_a_time=one_at_a_time)
+            one_at_a_time=one_at_a_time, by_input=self._by_input)
         self._active.append(generation)
         return generation
 
@@ -255,11 +264,13 @@ class Engine:
         if num_samples < 1 or not prompts:
             raise ConfigError(f"generate: expected at least one prompt and one sample of each, "
                               f"got {len(prompts)} prompts and {num_samples} samples")
+        for stops in {settings.stop_token_ids for settings in sampling}:
+            check_stops(self.model.spec, stops or ())
         ids = first_request_id + torch.arange(len(prompts) * num_samples)
         seeds = request_seeds(seed, ids).tolist()
         requests: list[Request] = []
         for number, (prompt, settings) in enumerate(zip(prompts, sampling, strict=True)):
-            token_ids = self._checked_prompt(number, prompt)
+            token_ids = checked_prompt(self.model.spec, number, prompt)
             max_tokens = min(settings.max_new_tokens,
                              self.model.spec.max_positions - len(token_ids))
             shared = SharedPrompt(token_ids, num_samples)
@@ -271,20 +282,6 @@ class Engine:
                 index = len(requests)
                 requests.append(Request(index, own, seeds[index], max_tokens, settings, text))
         return requests
-
-    def _checked_prompt(self, number: int, prompt: Sequence[int]) -> tuple[int, ...]:
-        spec = self.model.spec
-        token_ids = tuple(int(token) for token in prompt)
-        if not 0 < len(token_ids) < spec.max_positions:
-            raise DataError(
-                f"prompt {number}: expected 1 to {spec.max_positions - 1} tokens, so that the "
-                f"model's {spec.max_positions} positions leave room for a response, got "
-                f"{len(token_ids)}; shorten or drop it")
-        if min(token_ids) < 0 or max(token_ids) >= spec.vocab_size:
-            raise DataError(
-                f"prompt {number}: expected token ids from 0 to {spec.vocab_size - 1}, got "
-                f"{min(token_ids)} to {max(token_ids)}; does the tokenizer fit the model?")
-        return token_ids
 
 
 @contextmanager

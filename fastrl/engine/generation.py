@@ -23,6 +23,7 @@ from fastrl.engine.settings import Settings
 from fastrl.engine.step import DeviceStep
 from fastrl.engine.text import TextPieces
 from fastrl.models import CausalLM
+from fastrl.models.by_input import WeightsByInput, matrices
 from fastrl.ops.paged_attention import size_bucket
 
 STEPS_PER_ROUND = {"cpu": 1, "cuda": 8}
@@ -44,12 +45,14 @@ class Generation:
         batch_rows: Rows that a batch of n sequences is padded to.
         graphs: Captured steps; None runs every step eagerly.
         one_at_a_time: Every token is looked at before the next is drawn.
+        by_input: Multiply with copies of the matrices stored by input.
     """
 
     def __init__(
         self, model: CausalLM, config: EngineConfig, cache: KVCache, requests: Sequence[Request],
         stop_token_ids: Sequence[int], *, row_count: Callable[[int], int],
         batch_rows: Callable[[int], int], graphs: StepGraphs | None, one_at_a_time: bool,
+        by_input: bool,
     ) -> None:
         self.requests = requests
         self.scheduler = Scheduler(starting_order(requests, config.order), cache, config)
@@ -59,6 +62,7 @@ class Generation:
         self.cache = cache
         self.graphs = graphs
         self._model, self._is_exact = model, config.exact
+        self._weights = WeightsByInput(matrices(model) if by_input else ())
         self._device = cache.kv_pages.device
         self._row_count, self._batch_rows = row_count, batch_rows
         self._step = 0
@@ -86,10 +90,11 @@ class Generation:
     def step(self) -> None:
         """Start waiting requests, or else a round: a few tokens for each running one."""
         admission = self.scheduler.admit(self._step)
-        if admission.started:
-            self._start(admission)
-        else:
-            self._decode()
+        with self._weights.in_use():
+            if admission.started:
+                self._start(admission)
+            else:
+                self._decode()
         while len(self._unread) > self._rounds_behind:
             self._read(self._unread.popleft())
 
@@ -103,7 +108,8 @@ class Generation:
         self._compact()
 
     def forget(self) -> None:
-        """Drop every cached page; sequences go on from the tokens that they have."""
+        """Drop what comes from old weights; sequences go on from the tokens that they have."""
+        self._weights = self._weights.renewed()
         self._read_all()
         self.scheduler.forget(self._step)
         self._batch = self._new_rows([])

@@ -1,11 +1,14 @@
 """What the engine knows about one response while it is being made."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from fastrl.config import SamplingConfig
 from fastrl.engine.text import TextPieces
+from fastrl.errors import ConfigError, DataError
+from fastrl.models.spec import ModelSpec
 
 
 @dataclass(slots=True, eq=False)
@@ -64,3 +67,31 @@ class Request:
         """Tokens whose pages should be free before it starts: all that it had, and one more."""
         wanted = len(self.prompt.token_ids) + max(1, self.num_recorded)
         return min(wanted, self.max_cached_tokens)
+
+
+def check_stops(spec: ModelSpec, stop_token_ids: Sequence[int]) -> None:
+    """Raise ConfigError where a stop token is none of the vocabulary, and so is never drawn."""
+    beyond = [token for token in stop_token_ids if token >= spec.vocab_size]
+    if beyond:
+        raise ConfigError(
+            f"stop_token_ids: expected token ids from 0 to {spec.vocab_size - 1}, the model's "
+            f"vocabulary, got {beyond[0]}; does the tokenizer fit the model?")
+
+
+def checked_prompt(spec: ModelSpec, number: int, prompt: Sequence[int]) -> tuple[int, ...]:
+    """The token ids of prompt `number`.
+
+    Raises:
+        DataError: when it is empty, too long, or has ids outside the vocabulary.
+    """
+    token_ids = tuple(int(token) for token in prompt)
+    if not 0 < len(token_ids) < spec.max_positions:
+        raise DataError(
+            f"prompt {number}: expected 1 to {spec.max_positions - 1} tokens, so that the "
+            f"model's {spec.max_positions} positions leave room for a response, got "
+            f"{len(token_ids)}; shorten or drop it")
+    if min(token_ids) < 0 or max(token_ids) >= spec.vocab_size:
+        raise DataError(
+            f"prompt {number}: expected token ids from 0 to {spec.vocab_size - 1}, got "
+            f"{min(token_ids)} to {max(token_ids)}; does the tokenizer fit the model?")
+    return token_ids

@@ -3,7 +3,7 @@
 settings.py says what is set and why, rows.py how many rows a product needs.
 """
 
-from fastrl.exactness.rows import invariant_rows, row_multiple
+from fastrl.exactness.rows import invariant_rows, multiplies_by_input, row_multiple
 from fastrl.exactness.settings import exact_math, set_workspaces
 
-__all__ = ["exact_math", "invariant_rows", "row_multiple", "set_workspaces"]
+__all__ = ["exact_math", "invariant_rows", "multiplies_by_input", "row_multiple", "set_workspaces"]

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from fastrl.models import CausalLM
+from fastrl.models.by_input import by_input as stored_by_input
+from fastrl.models.by_input import is_small, matrices
 
 logger = logging.getLogger("fastrl")
 
@@ -28,21 +30,31 @@ MAX_OUTPUTS = 8192
 
 def weight_shapes(model: CausalLM) -> set[tuple[int, int]]:
     """(outputs, inputs) of every matrix that rows are multiplied with, the LM head included."""
-    linear = (module.weight for module in model.modules() if isinstance(module, torch.nn.Linear))
-    shapes = {(int(w.shape[0]), int(w.shape[1])) for w in (*linear, model.lm_head.weight)}
-    return shapes
+    weights = [module.weight for module in matrices(model)]
+    return {(int(weight.shape[0]), int(weight.shape[1])) for weight in weights}
 
 
-def invariant_rows(model: CausalLM) -> int:
+def multiplies_by_input(model: CausalLM) -> bool:
+    """True where the engine multiplies with copies stored by input: a small model on a CPU, where
+    rows of every product get the bits that the weights themselves give them.
+    """
+    return is_small(model) and all(
+        smallest_invariant_rows(shape, torch.float32, torch.get_num_threads(), True) is not None
+        for shape in weight_shapes(model))
+
+
+def invariant_rows(model: CausalLM, *, by_input: bool = False) -> int:
     """Rows that every forward pass of `model` should have, at least.
 
+    Args:
+        by_input: The pass multiplies with copies stored by input.
     Returns:
         1 on a GPU, where this is not measured; else the largest count that any shape needs.
     """
     weight = model.lm_head.weight
     if weight.device.type != "cpu":
         return 1
-    return max(_checked(shape, weight.dtype) for shape in sorted(weight_shapes(model)))
+    return max(_checked(shape, weight.dtype, by_input) for shape in sorted(weight_shapes(model)))
 
 
 def row_multiple(model: CausalLM) -> int:
@@ -60,9 +72,9 @@ def row_multiple(model: CausalLM) -> int:
     return torch.get_num_threads() * max(vector // gcd(vector, width) for width in widths)
 
 
-def _checked(shape: tuple[int, int], dtype: torch.dtype) -> int:
+def _checked(shape: tuple[int, int], dtype: torch.dtype, by_input: bool) -> int:
     """Rows for one shape; 1 with a warning where no count helps."""
-    rows = smallest_invariant_rows(shape, dtype, torch.get_num_threads())
+    rows = smallest_invariant_rows(shape, dtype, torch.get_num_threads(), by_input)
     if rows is None:
         _warn_once(shape, dtype)
         return 1
@@ -79,7 +91,7 @@ def _warn_once(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 @cache
 def smallest_invariant_rows(
-    shape: tuple[int, int], dtype: torch.dtype, num_threads: int
+    shape: tuple[int, int], dtype: torch.dtype, num_threads: int, by_input: bool = False
 ) -> int | None:
     """The smallest row count from which rows of `x @ weight.T` are bit-equal to those of many.
 
@@ -87,6 +99,7 @@ def smallest_invariant_rows(
         shape: (outputs, inputs) of the weight.
         dtype: Of weight and rows.
         num_threads: Threads of the matrix library; part of the key of the cached answer.
+        by_input: The rows are multiplied with a copy stored by input, the many with the weight.
     Returns:
         The count, or None where the largest one tried is not enough.
     Cost: about 300 rows times the weight, once per process.
@@ -98,9 +111,10 @@ def smallest_invariant_rows(
     weight, rows = weight.to(dtype), rows.to(dtype)
     with torch.no_grad():
         many = F.linear(rows, weight)
+        weight = stored_by_input(weight) if by_input else weight
         return _first_of_equal_run(
             (count, torch.equal(F.linear(rows[:count], weight), many[:count]))
-            for count in ROW_COUNTS)
+            for count in (MANY_ROWS, *ROW_COUNTS))
 
 
 def _first_of_equal_run(results: Iterable[tuple[int, bool]]) -> int | None:

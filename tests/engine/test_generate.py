@@ -212,6 +212,11 @@ def test_bad_settings() -> None:
         engine.generate([])
     with pytest.raises(ConfigError, match="at least one prompt"):
         engine.generate([[3]], num_samples_per_prompt=0)
+    beyond = SamplingConfig(stop_token_ids=(3, 61))
+    with pytest.raises(ConfigError, match="ids from 0 to 60, the model's vocabulary, got 61"):
+        engine.generate([[1], [2]], [SamplingConfig(stop_token_ids=(60,)), beyond])
+    with pytest.raises(ConfigError, match="stop_token_ids"):
+        next(engine.stream([1], beyond))
     with pytest.raises(ConfigError, match="response 1 may need 4 pages of 4 tokens"):
         engine.generate([[3], [4] * 9], SamplingConfig(max_new_tokens=5))
     assert engine.generate([[3], [4] * 9], SamplingConfig(max_new_tokens=4)).batch_size == 2

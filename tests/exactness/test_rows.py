@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from fastrl.exactness import rows as exactness
 from fastrl.exactness.rows import (
     invariant_rows,
+    multiplies_by_input,
     row_multiple,
     smallest_invariant_rows,
     weight_shapes,
 )
 from fastrl.models import CausalLM, DecoderConfig, new_decoder
+from fastrl.models.by_input import by_input as stored_by_input
 
 
 def _model(**changes: int) -> CausalLM:
@@ -52,13 +54,47 @@ def test_a_shape_without_such_a_count_is_named_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(exactness, "smallest_invariant_rows",
-                        lambda shape, dtype, threads: None if shape == (83, 24) else 5)
+                        lambda shape, dtype, threads, stored: None if shape == (83, 24) else 5)
     exactness._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="fastrl"):
         assert invariant_rows(_model(vocab_size=83)) == 5
         assert invariant_rows(_model(vocab_size=83)) == 5
     assert [record.getMessage() for record in caplog.records if "83 x 24" in record.getMessage()]
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("by_input", [False, True])
+def test_rows_are_counted_for_weights_as_they_are_stored(
+    monkeypatch: pytest.MonkeyPatch, by_input: bool
+) -> None:
+    asked = []
+    monkeypatch.setattr(exactness, "smallest_invariant_rows",
+                        lambda shape, dtype, threads, stored: asked.append(stored) or 5)
+    invariant_rows(_model(), by_input=by_input)
+    assert asked == [by_input] * 5
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (512, 64), (53, 20)])
+def test_rows_of_copies_have_the_bits_of_the_weights_from_the_count_found(
+    shape: tuple[int, int]
+) -> None:
+    count = smallest_invariant_rows(shape, torch.float32, torch.get_num_threads(), True)
+    assert count is not None
+    weight, rows = torch.randn(shape), torch.randn(300, shape[1])
+    copy, many = stored_by_input(weight), F.linear(rows, weight)
+    for num_rows in (count, count + 1, count + 5, 31, 64, 100, 299):
+        assert torch.equal(F.linear(rows[:num_rows], copy), many[:num_rows])
+
+
+def test_copies_are_left_out_where_their_products_have_other_bits(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _model()
+    assert multiplies_by_input(model)
+    monkeypatch.setattr(exactness, "stored_by_input", lambda weight: weight * (1 + 2**-20))
+    smallest_invariant_rows.cache_clear()
+    assert not multiplies_by_input(model)
+    smallest_invariant_rows.cache_clear()
 
 
 def test_row_multiple_leaves_no_elements_over() -> None:
