@@ -145,6 +145,8 @@ class TrainConfig:
     """First learning rate of the warmup as a share of the peak; paper: 0.1."""
     max_tokens_per_microbatch: int = 8192
     """Token budget of one forward and backward pass; never changes the result."""
+    share_prefix: bool = True
+    """Completions of one prompt in one pass hold the prompt once: fewer tokens, the same result."""
     activation_checkpointing: bool = False
     """Keep the inputs of each layer only and run it again in backward: a third more arithmetic, a
     fraction of the activations, the same gradients."""

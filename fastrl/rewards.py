@@ -48,15 +48,19 @@ class RewardModelScorer:
     Args:
         model: Reward model; put into eval mode and frozen, since no one trains it from here on.
         max_tokens: Token budget of one forward pass; never changes the result.
+        share_prefix: Encode the prompt of several responses once.
     """
 
-    def __init__(self, model: ScalarModel, max_tokens: int = 8192) -> None:
+    def __init__(
+        self, model: ScalarModel, max_tokens: int = 8192, *, share_prefix: bool = True
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.max_tokens = max_tokens
+        self.max_tokens, self.share_prefix = max_tokens, share_prefix
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """Score [B] float32 of every response."""
-        return response_scores(self.model, rollout, self.max_tokens).float()
+        return response_scores(self.model, rollout, self.max_tokens,
+                               share_prefix=self.share_prefix).float()
 
 
 class FunctionScorer:

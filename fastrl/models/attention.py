@@ -15,6 +15,7 @@ from torch import Tensor
 from fastrl.ops import (
     packed_attention,
     paged_attention,
+    prefix_attention,
     qk_norm_rotary,
     rms_norm,
     rotary,
@@ -22,6 +23,7 @@ from fastrl.ops import (
     write_kv,
 )
 from fastrl.ops.paged_attention import PagedPlan, SharedPrefixes
+from fastrl.packing import PackedBatch
 
 
 class Attention(Protocol):
@@ -73,18 +75,34 @@ class Projections:
 
 @dataclass(frozen=True, slots=True)
 class PackedAttention:
-    """Training and scoring: every token sees the tokens before it in its own sequence."""
+    """Training and scoring: every token sees the tokens before it in its own sequence.
+
+    A response that stands apart from its prompt, which others share, sees the prompt too.
+    """
 
     cu_seqlens: Tensor
-    """[B+1] int64, where each sequence begins; the last entry is N."""
+    """[B+1] int64, where each segment begins; the last entry is N."""
     max_seqlen: int
     """Tokens of the longest sequence."""
+    prefixes: Tensor | None = None
+    """[B] int64, the segment that each one continues, -1: none. None: all are whole sequences."""
+    num_keys: int = 0
+    """Tokens of all segments, what they continue included; read where there are prefixes."""
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> "PackedAttention":
+        """What the tokens of a pack see."""
+        return cls(batch.cu_seqlens, batch.max_seqlen, batch.prefixes, batch.num_keys)
 
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float,
         window: int | None = None,
     ) -> Tensor:
         """[N, Hq, C]; differentiable. See `Attention`."""
+        if self.prefixes is not None:
+            return prefix_attention(
+                query, key, value, self.cu_seqlens, self.prefixes, max_seqlen=self.max_seqlen,
+                num_keys=self.num_keys, scale=scale, window=window)
         return packed_attention(query, key, value, self.cu_seqlens, max_seqlen=self.max_seqlen,
                                 scale=scale, window=window)
 

@@ -58,7 +58,7 @@ def probe(
     sequences = [[ids[(i * 7 + shift) % len(ids)] for i in range(length)]
                  for shift, length in ((1, 5), (3, 3))]
     batch = pack_sequences(sequences, full.device)
-    recorder = _Recorder(PackedAttention(batch.cu_seqlens, batch.max_seqlen))
+    recorder = _Recorder(PackedAttention.of(batch))
     try:
         hidden = backbone(batch.token_ids, batch.positions, recorder)
     except (TypeError, AttributeError) as error:

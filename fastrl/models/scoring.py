@@ -18,7 +18,6 @@ from fastrl.packing import (
     PackedBatch,
     pack_sequences,
     predict_rows,
-    response_target_mask,
     split_by_tokens,
 )
 from fastrl.types import Rollout
@@ -38,24 +37,40 @@ def inference(model: nn.Module) -> Iterator[torch.device]:
         model.train(was_training)
 
 
-def _groups(
-    sequences: Sequence[Sequence[int]], max_tokens: int, device: torch.device
-) -> Iterator[tuple[slice, PackedBatch]]:
-    """Microbatches, each with the rows it covers."""
-    for group in split_by_tokens([len(s) for s in sequences], max_tokens):
-        rows = slice(group[0], group[-1] + 1)
-        yield rows, pack_sequences(sequences[rows], device)
+def _passes(
+    model: CausalLM | ScalarModel, sequences: Sequence[Sequence[int]],
+    prompt_lens: Sequence[int] | None, max_tokens: int, share_prefix: bool,
+) -> Iterator[tuple[list[int], PackedBatch, Tensor]]:
+    """Microbatches: which sequences, how they are packed, and what the model gives for each token.
+
+    Prompts that are shared stand beside each other, so sequences may come in another order.
+    """
+    device = next(model.parameters()).device
+    prompts = None
+    if prompt_lens is not None and share_prefix:
+        prompts = [s[:length] for s, length in zip(sequences, prompt_lens, strict=True)]
+    for rows in split_by_tokens([len(s) for s in sequences], max_tokens, prompts):
+        batch = pack_sequences(
+            [sequences[i] for i in rows], device, share_prefix=share_prefix,
+            prompt_lens=None if prompt_lens is None else [prompt_lens[i] for i in rows])
+        yield rows, batch, model(batch.token_ids, batch.positions, PackedAttention.of(batch))
 
 
-def _forward(model: CausalLM | ScalarModel, batch: PackedBatch) -> Tensor:
-    out: Tensor = model(batch.token_ids, batch.positions,
-                        PackedAttention(batch.cu_seqlens, batch.max_seqlen))
-    return out
+def _response_passes(
+    model: CausalLM | ScalarModel, rollout: Rollout, max_tokens: int, share_prefix: bool
+) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor, Tensor]]:
+    """Microbatches of a rollout.
 
-
-def _response_rows(batch: PackedBatch, prompt_lens: Tensor) -> tuple[Tensor, Tensor]:
-    """rows, targets [M] of a microbatch's response tokens, in order of sequence, then t."""
-    return predict_rows(response_target_mask(batch.cu_seqlens, prompt_lens))
+    Yields:
+        Where its M response tokens lie in [B, T]; the tokens [M]; the model's output [M, ...] at
+        the token before each.
+    """
+    for group, batch, output in _passes(model, _sequences(rollout), rollout.prompt_lens.tolist(),
+                                        max_tokens, share_prefix):
+        rows, targets = predict_rows(batch.is_response, batch)
+        members = torch.tensor(group, device=output.device)
+        places, times = rollout.response_mask.to(output.device)[members].nonzero(as_tuple=True)
+        yield (members[places], times), batch.token_ids[targets], output[rows]
 
 
 def _sequences(rollout: Rollout) -> list[list[int]]:
@@ -63,7 +78,8 @@ def _sequences(rollout: Rollout) -> list[list[int]]:
 
 
 def response_logprobs(
-    model: CausalLM, rollout: Rollout, temperature: float, max_tokens: int
+    model: CausalLM, rollout: Rollout, temperature: float, max_tokens: int, *,
+    share_prefix: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the responses' tokens, and the entropy at each of them.
 
@@ -72,57 +88,59 @@ def response_logprobs(
         rollout: B responses.
         temperature: Divides the logits.
         max_tokens: Tokens of one forward pass; a longer sequence gets a pass of its own.
+        share_prefix: Encode the prompt of several responses once.
     Returns:
         logprobs, entropy: [B, T] float32 each on the model's device, 0 where masked. No gradient.
     """
     with inference(model) as device:
-        mask, prompt_lens = rollout.response_mask.to(device), rollout.prompt_lens.to(device)
-        logprobs = torch.zeros(mask.shape, device=device)
-        entropy = torch.zeros(mask.shape, device=device)
-        for group, batch in _groups(_sequences(rollout), max_tokens, device):
-            rows, targets = _response_rows(batch, prompt_lens[group])
-            taken, spread = model.lm_head(
-                _forward(model, batch)[rows], linear_logprobs, batch.token_ids[targets],
-                temperature=temperature,
-            )
-            logprobs[group][mask[group]] = taken.float()
-            entropy[group][mask[group]] = spread.float()
+        logprobs = torch.zeros(rollout.response_mask.shape, device=device)
+        entropy = torch.zeros_like(logprobs)
+        for where, token_ids, hidden in _response_passes(model, rollout, max_tokens, share_prefix):
+            taken, spread = model.lm_head(hidden, linear_logprobs, token_ids,
+                                          temperature=temperature)
+            logprobs[where], entropy[where] = taken.float(), spread.float()
     return logprobs, entropy
 
 
-def response_values(model: ScalarModel, rollout: Rollout, max_tokens: int) -> Tensor:
+def response_values(
+    model: ScalarModel, rollout: Rollout, max_tokens: int, *, share_prefix: bool = True
+) -> Tensor:
     """Values of the states before each response token.
 
     Args:
         model: The critic.
         rollout: B responses.
         max_tokens: Tokens of one forward pass.
+        share_prefix: Encode the prompt of several responses once.
     Returns:
         [B, T] float32 on the model's device; `[:, t]` is read at the token before response token
         t; 0 where masked. No gradient.
     """
     with inference(model) as device:
-        mask, prompt_lens = rollout.response_mask.to(device), rollout.prompt_lens.to(device)
-        values = torch.zeros(mask.shape, device=device)
-        for group, batch in _groups(_sequences(rollout), max_tokens, device):
-            rows, _ = _response_rows(batch, prompt_lens[group])
-            values[group][mask[group]] = _forward(model, batch)[rows].float()
+        values = torch.zeros(rollout.response_mask.shape, device=device)
+        for where, _, output in _response_passes(model, rollout, max_tokens, share_prefix):
+            values[where] = output.float()
     return values
 
 
-def response_scores(model: ScalarModel, rollout: Rollout, max_tokens: int) -> Tensor:
+def response_scores(
+    model: ScalarModel, rollout: Rollout, max_tokens: int, *, share_prefix: bool = True
+) -> Tensor:
     """[B] float32: the scalar at the last token of each prompt + response. No gradient.
 
     Args:
         model: The reward model.
         rollout: B responses.
         max_tokens: Tokens of one forward pass.
+        share_prefix: Encode the prompt of several responses once.
     """
-    return sequence_scores(model, _sequences(rollout), max_tokens)
+    return sequence_scores(model, _sequences(rollout), max_tokens, rollout.prompt_lens.tolist(),
+                           share_prefix=share_prefix)
 
 
 def sequence_scores(
-    model: ScalarModel, sequences: Sequence[Sequence[int]], max_tokens: int
+    model: ScalarModel, sequences: Sequence[Sequence[int]], max_tokens: int,
+    prompt_lens: Sequence[int] | None = None, *, share_prefix: bool = True,
 ) -> Tensor:
     """[B] float32: the scalar at the last token of each sequence. No gradient.
 
@@ -130,8 +148,12 @@ def sequence_scores(
         model: The reward model.
         sequences: B token lists, none empty.
         max_tokens: Tokens of one forward pass.
+        prompt_lens: Tokens of each one's prompt; None: no prompt is known, so none is shared.
+        share_prefix: Encode the prompt of several sequences once.
     """
     with inference(model) as device:
-        scores = [_forward(model, batch)[batch.cu_seqlens[1:] - 1].float()
-                  for _, batch in _groups(sequences, max_tokens, device)]
-        return torch.cat(scores) if scores else torch.zeros(0, device=device)
+        scores = torch.zeros(len(sequences), device=device)
+        for rows, batch, output in _passes(model, sequences, prompt_lens, max_tokens,
+                                           share_prefix):
+            scores[rows] = output[batch.ends].float()
+        return scores

@@ -31,7 +31,9 @@ from fastrl.ops.packed_attention import (
     similar_lengths,
     torch_path,
     varlen_arguments,
+    whole_units,
 )
+from fastrl.ops.paged_attention import MIN_EXACT_ROWS
 
 PREFERENCE = ("flash", "torch")
 
@@ -50,14 +52,16 @@ def prefix_attention_reference(
         k, v = (torch.cat([x[before], x[own]]).transpose(0, 1) for x in (key, value))
         k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], dim=0) for x in (k, v))
         scores = scale * (q @ k.transpose(1, 2))  # [Hq, S, P + S]
-        keep = _visible(q.shape[1], k.shape[1] - q.shape[1], window, q.device)
+        keep = _visible(q.shape[1], k.shape[1], k.shape[1] - q.shape[1], window, q.device)
         outputs.append((scores.masked_fill(~keep, -torch.inf).softmax(dim=-1) @ v).transpose(0, 1))
     return torch.cat(outputs)
 
 
-def _visible(length: int, prefix_len: int, window: int | None, device: torch.device) -> Tensor:
-    """[S, P + S] bool, True where the own query of the row may see the key of the column."""
-    mask = torch.ones(length, prefix_len + length, dtype=torch.bool, device=device).tril(prefix_len)
+def _visible(
+    num_rows: int, num_keys: int, prefix_len: int, window: int | None, device: torch.device
+) -> Tensor:
+    """[num_rows, num_keys] bool, True where the own query of the row may see the key."""
+    mask = torch.ones(num_rows, num_keys, dtype=torch.bool, device=device).tril(prefix_len)
     return mask if window is None else mask.triu(prefix_len + 1 - window)
 
 
@@ -199,18 +203,21 @@ def _attend_dense(
         before = slice(bounds[prefix], bounds[prefix + 1])
         for part in similar_lengths([lengths[b] for b in members]):
             group = torch.tensor([members[i] for i in part], device=device)
-            longest = lengths[members[part[0]]]
+            # As many queries and keys as give a row the bits that it has in a whole sequence.
+            longest = max(lengths[members[part[0]]], MIN_EXACT_ROWS)
+            num_keys = whole_units(lengths[prefix] + longest, device)
             packed_rows = cu_seqlens[group, None] + torch.arange(longest, device=device)  # [b, S]
             real = packed_rows < cu_seqlens[group + 1, None]
             # Padding repeats the first row, behind every real token: see packed_attention.
             padded = torch.where(real, packed_rows, cu_seqlens[group, None]).flatten()
             q, k, v = (x.index_select(0, padded).view(*packed_rows.shape, *x.shape[1:])
                        for x in (query, key, value))
-            k, v = (torch.cat([x[before].expand(len(group), -1, -1, -1), own], dim=1)
-                    for x, own in ((key, k), (value, v)))
+            missing = (len(group), num_keys - lengths[prefix] - longest, *key.shape[1:])
+            k, v = (torch.cat([x[before].expand(len(group), -1, -1, -1), own,
+                               own.new_zeros(missing)], dim=1) for x, own in ((key, k), (value, v)))
             out = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale,
-                attn_mask=_visible(longest, lengths[prefix], window, device),
+                attn_mask=_visible(longest, num_keys, lengths[prefix], window, device),
                 enable_gqa=query.shape[1] != key.shape[1])
             outputs.append(out.transpose(1, 2)[real])
             rows.append(packed_rows[real])

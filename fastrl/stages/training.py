@@ -209,7 +209,8 @@ def ppo(run: PPORun, open_folder: OpenFolder, console: Console) -> None:
     with open_folder() as folder:
         trainer = PPOTrainer(
             run, policy, reference, critic,
-            RewardModelScorer(reward_model, run.max_tokens_per_microbatch), train,
+            RewardModelScorer(reward_model, run.max_tokens_per_microbatch,
+                              share_prefix=run.share_prefix), train,
             eval_prompts=held_out, ptx=windows, eval_ptx=held_out_windows, run=folder,
             encoder=encoder)
         with _progress(run, console, policy, encoder, trainer.num_steps, run.sampling) as progress:

@@ -123,20 +123,22 @@ def require_rows(rows: Sequence[object], what: str) -> None:
 
 
 def packed_forward(
-    model: CausalLM | ScalarModel, sequences: Sequence[Sequence[int]]
+    model: CausalLM | ScalarModel, sequences: Sequence[Sequence[int]],
+    prompt_lens: Sequence[int] | None = None, *, share_prefix: bool = False,
 ) -> tuple[Tensor, PackedBatch]:
     """Run a model over token lists laid end to end; no padding, attention inside each list only.
 
     Args:
         sequences: B token lists, none empty.
+        prompt_lens, share_prefix: See `pack_sequences`.
     Returns:
         The model's output ([N, D] of a CausalLM, [N] of a ScalarModel) and the batch it read.
     """
     weight = next(model.parameters())
     check_resident(type(model).__name__, weight)
-    batch = pack_sequences(sequences, weight.device)
-    attention = PackedAttention(batch.cu_seqlens, batch.max_seqlen)
-    return model(batch.token_ids, batch.positions, attention), batch
+    batch = pack_sequences(sequences, weight.device, prompt_lens=prompt_lens,
+                           share_prefix=share_prefix)
+    return model(batch.token_ids, batch.positions, PackedAttention.of(batch)), batch
 
 
 def prepare_backbone(model: CausalLM | ScalarModel, config: TrainConfig) -> None:
@@ -151,7 +153,7 @@ def prepare_backbone(model: CausalLM | ScalarModel, config: TrainConfig) -> None
 
 def accumulate(
     lengths: Sequence[int], max_tokens: int, loss_of: Callable[[list[int]], Tensor],
-    weight: float = 1.0,
+    weight: float = 1.0, prompts: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
     """Backward through a minibatch in microbatches of at most `max_tokens` tokens.
 
@@ -161,11 +163,13 @@ def accumulate(
         loss_of: Given row numbers, that share of the minibatch's loss: already divided by the
             count of the *whole* minibatch, so that shares add up.
         weight: Multiplies the gradient, not the loss returned.
+        prompts: Prompt of each row, where a microbatch holds equal ones once: see
+            `split_by_tokens`.
     Returns:
         The loss of the minibatch, scalar, no gradient; `.grad` of the weights has been added to.
     """
     shares = []
-    for rows in split_by_tokens(lengths, max_tokens):
+    for rows in split_by_tokens(lengths, max_tokens, prompts):
         loss = loss_of(rows)
         (weight * loss).backward()  # type: ignore[no-untyped-call]
         shares.append(loss.detach())
@@ -200,7 +204,7 @@ def token_loss(model: CausalLM, examples: Sequence[TokenExample], denominator: i
     """
     hidden, batch = packed_forward(model, [e.token_ids for e in examples])
     mask = torch.tensor([flag for e in examples for flag in e.loss_mask], device=hidden.device)
-    rows, targets = predict_rows(mask)
+    rows, targets = predict_rows(mask, batch)
     loss: Tensor = model.lm_head(hidden[rows], linear_cross_entropy, batch.token_ids[targets],
                                  denominator=denominator)
     return loss

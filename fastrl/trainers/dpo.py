@@ -22,7 +22,7 @@ from fastrl.metrics import PhaseTimer, RunFolder, peak_memory_gib
 from fastrl.models.causal_lm import CausalLM
 from fastrl.ops import linear_logprobs
 from fastrl.optim import AdamW, Schedule, clip_scale
-from fastrl.packing import predict_rows, response_target_mask, split_by_tokens
+from fastrl.packing import predict_rows, split_by_tokens
 from fastrl.trainers.common import (
     Progress,
     SilentProgress,
@@ -36,9 +36,9 @@ from fastrl.trainers.common import (
 )
 from fastrl.trainers.reward import (
     check_comparison,
-    comparison_sequences,
     fit_comparisons,
     group_lengths,
+    prompted_sequences,
 )
 from fastrl.trainers.reward_report import has_pair
 from fastrl.types import Comparison
@@ -119,7 +119,7 @@ class DPOTrainer:
             return [DPOExample(c, (0.0,) * len(c.completions)) for c in comparisons]
         examples: list[DPOExample] = []
         with mode(reference, train=False), torch.no_grad():
-            for rows in split_by_tokens(group_lengths(comparisons),
+            for rows in split_by_tokens(group_lengths(comparisons, self.config.share_prefix),
                                         self.config.max_tokens_per_microbatch):
                 group = [comparisons[i] for i in rows]
                 logprobs = iter(self._logprobs(reference, group).tolist())
@@ -128,7 +128,8 @@ class DPOTrainer:
         return examples
 
     def _logprobs(self, model: CausalLM, comparisons: Sequence[Comparison]) -> Tensor:
-        return completion_logprobs(model, comparisons, is_mean=self.config.loss_type == "ipo")
+        return completion_logprobs(model, comparisons, is_mean=self.config.loss_type == "ipo",
+                                   share_prefix=self.config.share_prefix)
 
     def step(self) -> dict[str, float]:
         """One optimiser step over `batch_size` prompts; returns its metrics."""
@@ -180,7 +181,8 @@ class DPOTrainer:
             return loss
 
         with mode(self.policy, train=False):
-            accumulate(group_lengths([example.comparison for example in batch]),
+            accumulate(group_lengths([example.comparison for example in batch],
+                                     self.config.share_prefix),
                        self.config.max_tokens_per_microbatch, share)
         return _sum_by_name(parts)
 
@@ -189,7 +191,8 @@ class DPOTrainer:
         """The metrics of the held-out rankings under names of their own; empty without any."""
         parts = []
         with mode(self.policy, train=False):
-            for rows in split_by_tokens(group_lengths([e.comparison for e in self.eval]),
+            for rows in split_by_tokens(group_lengths([e.comparison for e in self.eval],
+                                                      self.config.share_prefix),
                                         self.config.max_tokens_per_microbatch):
                 parts.append(self._loss([self.eval[i] for i in rows], len(self.eval))[1])
         return {f"{name}_eval": value for name, value in _sum_by_name(parts).items()}
@@ -223,7 +226,8 @@ class DPOTrainer:
 
 
 def completion_logprobs(
-    model: CausalLM, comparisons: Sequence[Comparison], *, is_mean: bool = False
+    model: CausalLM, comparisons: Sequence[Comparison], *, is_mean: bool = False,
+    share_prefix: bool = True,
 ) -> Tensor:
     """Log-prob of every completion after its prompt, one forward pass for all.
 
@@ -231,15 +235,15 @@ def completion_logprobs(
         model: A language model over the rankings' vocabulary.
         comparisons: Rankings; completions of at least one token.
         is_mean: Divide by the completion's tokens.
+        share_prefix: Encode the prompt of a ranking once.
     Returns:
         [sum of K] float32 or wider, in order of comparison, then completion; differentiable.
     """
-    hidden, batch = packed_forward(model, [s for c in comparisons for s in comparison_sequences(c)])
-    device = hidden.device
-    prompt_lens = torch.tensor([len(c.prompt_ids) for c in comparisons for _ in c.completions],
-                               device=device)
-    lengths = torch.tensor([len(ids) for c in comparisons for ids in c.completions], device=device)
-    rows, targets = predict_rows(response_target_mask(batch.cu_seqlens, prompt_lens))
+    hidden, batch = packed_forward(model, *prompted_sequences(comparisons),
+                                   share_prefix=share_prefix)
+    lengths = torch.tensor([len(ids) for c in comparisons for ids in c.completions],
+                           device=hidden.device)
+    rows, targets = predict_rows(batch.is_response, batch)
     logprobs, _ = model.lm_head(hidden[rows], linear_logprobs, batch.token_ids[targets])
     totals: Tensor = torch.segment_reduce(logprobs, "sum", lengths=lengths)
     return totals / lengths if is_mean else totals

@@ -10,7 +10,7 @@ from fastrl.engine import Engine
 from fastrl.engine.difference import first_difference
 from fastrl.models.causal_lm import CausalLM
 from fastrl.ops import linear_logprobs
-from fastrl.packing import predict_rows, response_target_mask, split_by_tokens
+from fastrl.packing import predict_rows, split_by_tokens
 from fastrl.trainers.common import derive_seed, epoch_permutation, packed_forward
 from fastrl.types import Rollout
 
@@ -42,10 +42,14 @@ def update_logprobs(policy: CausalLM, rollout: Rollout, config: PPOConfig) -> Te
     mask = rollout.response_mask
     logprobs = torch.zeros(mask.shape, device=mask.device)
     sequences = [rollout.sequence(i) for i in range(rollout.batch_size)]
-    for rows in split_by_tokens([len(s) for s in sequences], config.max_tokens_per_microbatch):
-        hidden, packed = packed_forward(policy, [sequences[i] for i in rows])
-        sources, targets = predict_rows(
-            response_target_mask(packed.cu_seqlens, rollout.prompt_lens[rows]))
+    prompt_lens = rollout.prompt_lens.tolist()
+    prompts = [s[:n] for s, n in zip(sequences, prompt_lens, strict=True)]
+    for rows in split_by_tokens([len(s) for s in sequences], config.max_tokens_per_microbatch,
+                                prompts if config.share_prefix else None):
+        hidden, packed = packed_forward(
+            policy, [sequences[i] for i in rows], [prompt_lens[i] for i in rows],
+            share_prefix=config.share_prefix)
+        sources, targets = predict_rows(packed.is_response, packed)
         taken, _ = policy.lm_head(hidden[sources], linear_logprobs, packed.token_ids[targets],
                                   temperature=config.sampling.temperature)
         part = torch.zeros_like(logprobs[rows])

@@ -214,7 +214,8 @@ class PPOTrainer:
         with self._phase(timer, "scoring", "reference"):
             ref_logprobs = self._ref_logprobs(rollout)
         with self._phase(timer, "scoring", "critic"):
-            values = response_values(self.critic, rollout, config.max_tokens_per_microbatch)
+            values = response_values(self.critic, rollout, config.max_tokens_per_microbatch,
+                                     share_prefix=config.share_prefix)
         with self._phase(timer, "scoring", "reward_model"):
             raw_scores = self.scorer(rollout)
         check_rollout_finite(self.iteration, rollout, scores=raw_scores, old_logprobs=old_logprobs,
@@ -286,7 +287,8 @@ class PPOTrainer:
     def _ref_logprobs(self, rollout: Rollout) -> Tensor:
         """Log-probs [B, T] of the frozen reference."""
         logprobs, _ = response_logprobs(self.reference, rollout, self.config.sampling.temperature,
-                                        self.config.max_tokens_per_microbatch)
+                                        self.config.max_tokens_per_microbatch,
+                                        share_prefix=self.config.share_prefix)
         return logprobs
 
     def _coefficient_metrics(self, raw_scores: Tensor) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from fastrl.ops import (
     masked_mean,
     value_loss,
 )
-from fastrl.packing import predict_rows, response_target_mask
+from fastrl.packing import predict_rows
 from fastrl.rewards import adjust_scores
 from fastrl.trainers.common import accumulate, packed_forward
 from fastrl.types import Rollout
@@ -65,13 +65,28 @@ def unpack_sequences(rollout: Rollout) -> list[list[int]]:
 
 
 def _response_forward(
-    model: CausalLM | ScalarModel, batch: PPOBatch, rows: list[int]
+    model: CausalLM | ScalarModel, batch: PPOBatch, rows: list[int], config: PPOConfig
 ) -> tuple[Tensor, Tensor]:
     """Model output at the M positions that predict the responses `rows`, and the M tokens."""
-    output, packed = packed_forward(model, [batch.sequences[i] for i in rows])
-    target_mask = response_target_mask(packed.cu_seqlens, batch.rollout.prompt_lens[rows])
-    sources, targets = predict_rows(target_mask)
+    output, packed = packed_forward(
+        model, [batch.sequences[i] for i in rows], batch.rollout.prompt_lens[rows].tolist(),
+        share_prefix=config.share_prefix)
+    sources, targets = predict_rows(packed.is_response, packed)
     return output[sources], packed.token_ids[targets]
+
+
+def _accumulate(
+    batch: PPOBatch, rows: list[int], config: PPOConfig, loss_of: Callable[[list[int]], Tensor]
+) -> None:
+    """Backward through the responses `rows`, samples of one prompt in one microbatch if they fit.
+
+    Args:
+        loss_of: Given places in `rows`, their share of the loss.
+    """
+    prompt_lens = batch.rollout.prompt_lens.tolist()
+    prompts = [batch.sequences[i][:prompt_lens[i]] for i in rows] if config.share_prefix else None
+    accumulate([len(batch.sequences[i]) for i in rows], config.max_tokens_per_microbatch, loss_of,
+               prompts=prompts)
 
 
 def backward_policy(
@@ -102,7 +117,7 @@ def backward_policy(
     def loss_of(part: list[int]) -> Tensor:
         taken = [rows[i] for i in part]
         mask = batch.mask[taken]
-        hidden, token_ids = _response_forward(policy, batch, taken)
+        hidden, token_ids = _response_forward(policy, batch, taken, config)
         loss: Tensor
         loss, stats = policy.lm_head(
             hidden, linear_policy_loss, token_ids, batch.old_logprobs[taken][mask],
@@ -118,7 +133,7 @@ def backward_policy(
             ratios.append((logprobs - batch.rollout.rollout_logprobs[taken][mask]).exp())
         return loss
 
-    accumulate([len(batch.sequences[i]) for i in rows], config.max_tokens_per_microbatch, loss_of)
+    _accumulate(batch, rows, config, loss_of)
     stats = sum(parts[1:], parts[0])
     metrics = {
         "loss/policy": float(stats.policy_loss / stats.count),
@@ -149,7 +164,7 @@ def backward_critic(
     def loss_of(part: list[int]) -> Tensor:
         taken = [rows[i] for i in part]
         mask = batch.mask[taken]
-        values, _ = _response_forward(critic, batch, taken)
+        values, _ = _response_forward(critic, batch, taken, config)
         loss, stats = value_loss(
             values, batch.values[taken][mask], batch.returns[taken][mask],
             torch.ones_like(values, dtype=torch.bool),
@@ -158,7 +173,7 @@ def backward_critic(
         parts.append(stats)
         return config.value_coef * loss
 
-    accumulate([len(batch.sequences[i]) for i in rows], config.max_tokens_per_microbatch, loss_of)
+    _accumulate(batch, rows, config, loss_of)
     stats = sum(parts[1:], parts[0])
     return {"loss/value": float(stats.value_loss / stats.count),
             "clip/value_fraction": float(stats.clip_fraction / stats.count)}

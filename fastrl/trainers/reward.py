@@ -135,13 +135,15 @@ class RewardTrainer:
         training rankings get mean 0 instead.
         """
         if self.config.shift_to_demonstrations and self.demonstrations:
-            kind, sequences = "demonstrations", self.demonstrations
+            kind, sequences, scores = ("demonstrations", self.demonstrations,
+                                       self._scores(self.demonstrations))
         else:
             kind = "training completions"
-            sequences = [s for c in self.comparisons for s in comparison_sequences(c)]
+            sequences, prompt_lens = prompted_sequences(self.comparisons)
+            scores = self._scores(sequences, prompt_lens)
         bias = self.model.head.bias
         with torch.no_grad():
-            bias -= self._scores(sequences).double().mean().to(bias)
+            bias -= scores.double().mean().to(bias)
         logger.info("reward model: bias %.6g gives %d %s a mean reward of 0", float(bias),
                     len(sequences), kind)
         if self.run is not None:
@@ -158,8 +160,7 @@ class RewardTrainer:
             DataError: when there is no pair of different ranks.
         """
         fitting, _ = fit_comparisons(comparisons, self.config.max_seq_tokens)
-        sequences = [s for c in fitting for s in comparison_sequences(c)]
-        scores = self._scores(sequences).tolist() if sequences else []
+        scores = self._scores(*prompted_sequences(fitting)).tolist()
         groups, begin = [], 0
         for c in fitting:
             groups.append(scores[begin:begin + len(c.completions)])
@@ -185,10 +186,12 @@ class RewardTrainer:
             "time/eval_s": timer.metrics()["time/eval_s"],
         }
 
-    def _scores(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+    def _scores(
+        self, sequences: Sequence[Sequence[int]], prompt_lens: Sequence[int] | None = None
+    ) -> Tensor:
         """[B] scores, no gradient."""
-        with mode(self.model, train=False):
-            return sequence_scores(self.model, sequences, self.config.max_tokens_per_microbatch)
+        return sequence_scores(self.model, sequences, self.config.max_tokens_per_microbatch,
+                               prompt_lens, share_prefix=self.config.share_prefix)
 
 
 def backward_ranking_loss(
@@ -202,18 +205,20 @@ def backward_ranking_loss(
 
     def share(rows: list[int]) -> Tensor:
         group = [comparisons[i] for i in rows]
-        values, batch = packed_forward(model, [s for c in group for s in comparison_sequences(c)])
+        values, batch = packed_forward(model, *prompted_sequences(group),
+                                       share_prefix=config.share_prefix)
         device = values.device
         ranks = torch.tensor([r for c in group for r in c.ranks], device=device)
         sizes = torch.tensor([0, *[len(c.ranks) for c in group]], device=device)
         loss, partial = ranking_loss(
-            values[batch.cu_seqlens[1:] - 1], ranks, sizes.cumsum(0), ties=config.ties,
+            values[batch.ends], ranks, sizes.cumsum(0), ties=config.ties,
             denominator=len(comparisons))
         stats.append(partial)
         return loss
 
     with mode(model, train=False):
-        loss = accumulate(group_lengths(comparisons), config.max_tokens_per_microbatch, share)
+        loss = accumulate(group_lengths(comparisons, config.share_prefix),
+                          config.max_tokens_per_microbatch, share)
     total = reduce(operator.add, stats)
     return {
         "loss/ranking": float(loss),
@@ -227,10 +232,18 @@ def comparison_sequences(comparison: Comparison) -> list[tuple[int, ...]]:
     return [comparison.prompt_ids + completion for completion in comparison.completions]
 
 
-def group_lengths(comparisons: Sequence[Comparison]) -> list[int]:
-    """Tokens of all K sequences of each comparison."""
-    return [len(c.prompt_ids) * len(c.completions) + sum(map(len, c.completions))
-            for c in comparisons]
+def prompted_sequences(
+    comparisons: Sequence[Comparison]
+) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The sequences of all comparisons, and the tokens of the prompt of each."""
+    return ([s for c in comparisons for s in comparison_sequences(c)],
+            [len(c.prompt_ids) for c in comparisons for _ in c.completions])
+
+
+def group_lengths(comparisons: Sequence[Comparison], share_prefix: bool = False) -> list[int]:
+    """Tokens of all K sequences of each comparison; with `share_prefix` the prompt counts once."""
+    return [len(c.prompt_ids) * (1 if share_prefix else len(c.completions))
+            + sum(map(len, c.completions)) for c in comparisons]
 
 
 def fit_comparisons(

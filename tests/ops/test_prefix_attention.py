@@ -109,6 +109,18 @@ def test_error_is_within_twice_that_of_the_reference_in_the_same_dtype(dtype: to
     assert (out - truth).abs().max() <= 2 * (plain - truth).abs().max() + torch.finfo(dtype).eps
 
 
+# Lengths around 16 and 4, beyond the 512 keys of a block; heads whose channels are not fours.
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("heads", "C"), [((4, 4), 8), ((6, 2), 8), ((3, 1), 6), ((2, 1), 64)])
+@pytest.mark.parametrize("groups", [[(40, [1, 5, 17, 30])], [(100, [3, 150, 70]), (7, [1, 1])],
+                                    [(16, [16, 16])], [(600, [64, 70])]], ids=str)
+def test_a_row_of_float32_has_the_bits_that_it_has_in_a_whole_sequence(
+    groups: list[tuple[int, list[int]]], heads: tuple[int, int], C: int, window: int | None
+) -> None:
+    case = make(groups, heads, C, torch.float32)
+    assert torch.equal(case.shared(window=window)[case.rows], case.unshared(window=window))
+
+
 def test_golden_values() -> None:
     # Keys 0: every visible key has the same weight, so outputs are means.
     query = torch.ones(5, 1, 1, dtype=torch.float64)

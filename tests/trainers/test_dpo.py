@@ -83,7 +83,8 @@ def loss_by_hand(policy, reference, comparisons, config):
 
 @pytest.mark.parametrize("settings", [
     {}, {"label_smoothing": 0.2}, {"loss_type": "ipo"}, {"reference": "none"},
-    {"max_tokens_per_microbatch": 1}, {"max_tokens_per_microbatch": 40, "loss_type": "ipo"},
+    {"max_tokens_per_microbatch": 1}, {"share_prefix": False},
+    {"max_tokens_per_microbatch": 40, "loss_type": "ipo"},
 ], ids=str)
 def test_loss_and_gradient_are_those_of_the_formula(settings):
     config, comparisons = make_config(**settings), make_comparisons(6)

@@ -103,16 +103,37 @@ def test_token_budget_changes_neither_loss_nor_gradients(dtype, tolerance, max_t
         assert (a.grad - b.grad).norm() <= tolerance * max(a.grad.norm(), 1e-12)
 
 
-def test_one_forward_per_completion():
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_one_forward_per_completion_and_one_per_prompt(share_prefix):
     model, comparisons = make_model(), make_comparisons(6)
     seen = []
     model.backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0].tolist()))
-    trainer = RewardTrainer(make_config(batch_size=6, max_tokens_per_microbatch=40), model,
-                            comparisons)
+    config = make_config(batch_size=6, max_tokens_per_microbatch=40, share_prefix=share_prefix,
+                         shift_to_demonstrations=False)
+    trainer = RewardTrainer(config, model, comparisons)
     trainer.step()
-    tokens = sum(len(s) for c in comparisons for s in comparison_sequences(c))
-    assert sum(map(len, seen)) == tokens  # every completion once, although it is in K - 1 pairs
+    prompts = sum(len(c.prompt_ids) * (1 if share_prefix else len(c.completions))
+                  for c in comparisons)
+    # Every completion once, although it is in K - 1 pairs.
+    tokens = prompts + sum(len(s) for c in comparisons for s in c.completions)
+    assert sum(map(len, seen)) == tokens
     assert 1 < len(seen) <= 6  # never more passes than prompts
+    apart = sum(len(s) for c in comparisons for s in comparison_sequences(c))
+    for run in (trainer.shift, lambda: trainer.evaluate(comparisons)):
+        seen.clear()
+        run()  # a prompt that does not fit into one pass with all completions is read again
+        assert tokens <= sum(map(len, seen)) < apart + (not share_prefix)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_a_shared_prompt_changes_neither_loss_nor_gradients(dtype, tolerance):
+    comparisons = make_comparisons(8, ties=True)
+    apart, shared = make_model(dtype), make_model(dtype)
+    expected = backward_ranking_loss(apart, comparisons, make_config(share_prefix=False))
+    found = backward_ranking_loss(shared, comparisons, make_config())
+    assert found == pytest.approx(expected, rel=tolerance)
+    for a, b in zip(apart.parameters(), shared.parameters(), strict=True):
+        assert (a.grad - b.grad).norm() <= tolerance * a.grad.norm()
 
 
 def test_metrics_of_a_step():
