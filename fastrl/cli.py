@@ -1,13 +1,16 @@
-"""The command line: `fastrl demo | sft | reward | ppo | dpo | run | generate | chat | doctor`.
+"""The command line: `fastrl demo | sft | reward | ppo | dpo | run | generate | chat | plan |
+doctor`.
 
 Options come from the config dataclasses (`fastrl.options`). Nothing heavy is imported before the
 command line is known to be right, so that help and mistakes answer at once.
 
-Exit codes: 0 done, 1 a failed check of `doctor`, 2 a mistake in settings, data or models,
-130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 a failed check of `doctor` or a plan that does not fit, 2 a mistake in
+settings, data or models, 130 stopped by Ctrl-C.
 """
 
+import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,8 +33,12 @@ COMMANDS: dict[str, str] = {
     "run": "Run the stages of a recipe, skipping those that are finished",
     "generate": "Sample completions, as rows ready to be ranked",
     "chat": "Talk to a model in the terminal",
+    "plan": "Say what a stage will take in memory, and what to change when it does not fit",
     "doctor": "Say what this machine can run, and try it",
 }
+
+PLANNED = ("sft", "reward", "ppo")
+"""Stages that `fastrl plan` knows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +110,8 @@ def _dispatch(argv: list[str]) -> int:
     parser = Parser(prog=f"fastrl {command}", description=COMMANDS[command] + ".",
                     allow_abbrev=False)
     handlers: dict[str, Callable[[Parser, list[str]], int]] = {
-        "demo": _demo, "run": _run, "generate": _generate, "chat": _chat, "doctor": _doctor,
+        "demo": _demo, "run": _run, "generate": _generate, "chat": _chat, "plan": _plan,
+        "doctor": _doctor,
     }
     if command in handlers:
         return handlers[command](parser, rest)
@@ -218,6 +226,57 @@ def _chat(parser: Parser, argv: list[str]) -> int:
 
     chat(config, Console(quiet=quiet))
     return 0
+
+
+def _plan(parser: Parser, argv: list[str]) -> int:
+    """`fastrl plan`: a stage, a recipe or the table; 0 when it fits, 1 when it does not."""
+    argv = [re.sub("^--gpu-memory(?==|$)", "--gpu_memory", word) for word in argv]
+    if argv and argv[0] in PLANNED:
+        return _plan_stage(argv[0], parser, argv[1:])
+    parser.add_argument("what", metavar="STAGE|RECIPE", nargs="?",
+                        help=f"one of {', '.join(PLANNED)} with the settings of that stage "
+                             f"(`{parser.prog} ppo --help`), or the YAML file of a recipe")
+    parser.add_argument("--data_root", type=Path, default=Path("."), metavar="FOLDER",
+                        help="where the relative paths of a recipe begin [.]")
+    parser.add_argument("--gpu_memory", metavar="TEXT",
+                        help="plan every stage of a recipe for this much, such as 24GiB")
+    parser.add_argument("--table", action="store_true",
+                        help="print the largest model of each stage and card, and end")
+    parser.add_argument("--quiet", action="store_true", help="print the verdict only")
+    parser.epilog = "--STAGE.SETTING VALUE changes a setting of a recipe's stage."
+    given, rest = parser.parse_known_args(argv)
+    overrides = _overrides(parser, rest)
+    if given.what is None and not given.table:
+        raise ConfigError(f"{parser.prog}: expected {', '.join(PLANNED)}, a recipe or --table, got "
+                          f"nothing; `{parser.prog} --help` says more")
+
+    from fastrl.console import Console
+    from fastrl.planning import plan_recipe, table
+
+    console = Console(quiet=given.quiet)
+    if given.table:
+        console.result(table())
+        return 0
+    fits = plan_recipe(Path(given.what), given.data_root, overrides, given.gpu_memory, console)
+    return 0 if fits else 1
+
+
+def _plan_stage(kind: str, parser: Parser, argv: list[str]) -> int:
+    """`fastrl plan sft | reward | ppo`: the settings of the stage; files and folders may lack."""
+    parser.prog = f"{parser.prog} {kind}"
+    outer = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    for each in (outer, parser):  # the one that reads it, and the one that has the help
+        each.add_argument("--shape", metavar="NAME", default=argparse.SUPPRESS,
+                          help="plan for this public shape, such as llama-3.1-8b, in place of "
+                               "every model folder")
+    given, rest = outer.parse_known_args(argv)
+    config, quiet = read_options(parser, RUN_TYPES[kind], rest, needs_all=False)
+
+    from fastrl.console import Console
+    from fastrl.planning import plan_stage
+
+    fits = plan_stage(kind, config, getattr(given, "shape", None), Console(quiet=quiet))
+    return 0 if fits else 1
 
 
 def _doctor(parser: Parser, argv: list[str]) -> int:

@@ -7,6 +7,7 @@ classes add the names (models, files, folders) that a command line or a recipe g
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,6 +31,22 @@ def _not_negative(config: object, names: Iterable[str]) -> None:
     for name in names:
         value = getattr(config, name)
         check(value is None or value >= 0, name, "a number of at least 0", value)
+
+
+UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
+
+
+def read_bytes(text: str, field: str) -> int:
+    """Bytes of a number with its unit, such as 24GiB.
+
+    Raises:
+        ConfigError: when the unit is missing or another, or the number is not above 0.
+    """
+    found = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*({'|'.join(UNITS)})\s*", text)
+    num_bytes = int(float(found[1]) * UNITS[found[2]]) if found else 0
+    check(num_bytes > 0, field, f"a number above 0 and a unit ({', '.join(UNITS)}), such as 24GiB",
+          text)
+    return num_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +167,8 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Keep the inputs of each layer only and run it again in backward: a third more arithmetic, a
     fraction of the activations, the same gradients."""
+    gpu_memory: str | None = None
+    """Plan for this much memory, such as 24GiB, 80GB or 900MiB; None: what the device has free."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto takes a GPU when there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
@@ -162,6 +181,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _positive(self, ("learning_rate", "adam_epsilon", "max_grad_norm",
                          "max_tokens_per_microbatch", "logging_steps"))
+        if self.gpu_memory is not None:
+            read_bytes(self.gpu_memory, "gpu_memory")
         _not_negative(self, ("weight_decay", "warmup_steps", "seed"))
         for name in ("adam_beta1", "adam_beta2"):
             check(0 <= getattr(self, name) < 1, name, "a number from 0 to below 1",

@@ -106,14 +106,19 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
                            metavar=_metavar(option.hint), help=sentence, **_shape(option.hint))
 
 
-def read_options(parser: argparse.ArgumentParser, cls: type[Config],
-                 argv: Sequence[str]) -> tuple[Config, bool]:
+UNREAD = "unread"
+"""Stands for a setting without default where nothing reads it."""
+
+
+def read_options(parser: argparse.ArgumentParser, cls: type[Config], argv: Sequence[str], *,
+                 needs_all: bool = True) -> tuple[Config, bool]:
     """Return the config that `--config` and the options of a command line describe, and `--quiet`.
 
     Args:
         parser: An empty parser, which gets the options of `cls`.
         cls: The config dataclass.
         argv: Arguments after the command's name.
+        needs_all: False puts `UNREAD` where a setting without default is not given.
     Raises:
         ConfigError: an unknown option or key (the nearest one is named), a missing setting, or a
             value of the wrong type or out of bounds.
@@ -126,6 +131,9 @@ def read_options(parser: argparse.ArgumentParser, cls: type[Config],
     path, quiet = given.pop("config"), given.pop("quiet")
     values = load_yaml(Path(path)) if path is not None else {}
     hints = {option.name: option.hint for option in options(cls)}
+    if not needs_all:
+        values = {option.name: (UNREAD,) if typing.get_origin(option.hint) is tuple else UNREAD
+                  for option in options(cls) if option.default is dataclasses.MISSING} | values
     for name, text in given.items():
         _assign(values, name.split("."), read_value(hints[name], text, f"--{name}"))
     where = parser.prog if path is None else f"{parser.prog} --config {path}"

@@ -1,0 +1,154 @@
+"""Shapes of models without their weights: by name, from a checkpoint folder, or of a model."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastrl.errors import ModelError
+from fastrl.models.causal_lm import CausalLM, ScalarModel
+from fastrl.models.config import DecoderConfig
+from fastrl.models.decoder import Decoder
+from fastrl.models.folder import WeightFiles, read_raw_config
+from fastrl.models.names import LM_HEAD_NAMES
+from fastrl.models.read_config import NotNativeError, read_config
+from fastrl.models.spec import ModelSpec
+from fastrl.yaml_file import unknown_key
+
+_QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8,
+          "max_position_embeddings": 40960, "tie_word_embeddings": True}
+_LLAMA3 = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8,
+           "max_position_embeddings": 131072, "tie_word_embeddings": True}
+
+
+def _sizes(hidden: int, inner: int, layers: int, heads: int) -> dict[str, int]:
+    return {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+            "num_attention_heads": heads}
+
+
+NAMED: Mapping[str, Mapping[str, Any]] = {
+    "qwen3-0.6b": _QWEN3 | _sizes(1024, 3072, 28, 16),
+    "qwen3-1.7b": _QWEN3 | _sizes(2048, 6144, 28, 16),
+    "qwen3-4b": _QWEN3 | _sizes(2560, 9728, 36, 32),
+    "qwen3-8b": _QWEN3 | _sizes(4096, 12288, 36, 32) | {"tie_word_embeddings": False},
+    "llama-3.2-1b": _LLAMA3 | _sizes(2048, 8192, 16, 32),
+    "llama-3.2-3b": _LLAMA3 | _sizes(3072, 8192, 28, 24),
+    "llama-3.1-8b": _LLAMA3 | _sizes(4096, 14336, 32, 32) | {"tie_word_embeddings": False},
+}
+"""The sizes in the public config.json of these models; rotary scaling takes no memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """What the memory of a model follows from."""
+
+    name: str
+    """How messages call it."""
+    trunk: tuple[int, ...]
+    """Elements of each parameter of the trunk, the embedding included."""
+    head: tuple[int, ...]
+    """Elements of each parameter of the LM head; empty where it is the embedding."""
+    decoder: DecoderConfig
+    """The sizes; of an architecture that runs through transformers those that it shares."""
+
+    @property
+    def language_model(self) -> tuple[int, ...]:
+        """Elements of each parameter of the trunk with its LM head."""
+        return self.trunk + self.head
+
+    @property
+    def scalar_model(self) -> tuple[int, ...]:
+        """Elements of each parameter of the trunk with a scalar head."""
+        return (*self.trunk, self.decoder.hidden_size)
+
+
+def shape_of_config(name: str, config: DecoderConfig) -> ModelShape:
+    """The shape of a native decoder; no memory is taken for weights."""
+    with torch.device("meta"):
+        trunk = tuple(p.numel() for p in Decoder(config).parameters())
+    head = () if config.tie_embeddings else (config.vocab_size * config.hidden_size,)
+    return ModelShape(name=name, trunk=trunk, head=head, decoder=config)
+
+
+def shape_named(name: str) -> ModelShape:
+    """The shape of a public model.
+
+    Args:
+        name: A key of `NAMED`.
+    Raises:
+        ModelError: for another name; the nearest one is named.
+    """
+    if name not in NAMED:
+        raise ModelError(unknown_key(name, NAMED, "shape"))
+    return shape_of_config(name, read_config(NAMED[name]))
+
+
+def shape_of_folder(path: str | Path) -> ModelShape:
+    """The shape of a checkpoint, from config.json and the headers of its weight files.
+
+    An LM head in the files counts, also where config.json says that it is the embedding: whether
+    the two are equal can only be seen in the weights.
+
+    Raises:
+        ModelError: when there is no such folder, its files are incomplete, or config.json names no
+            sizes.
+    """
+    raw, files = read_raw_config(path), WeightFiles(path)
+    numels = {name: math.prod(files.shape(name)) for name in files.names()}
+    try:
+        config = read_config(raw)
+    except NotNativeError:
+        return _shape_of_other(str(path), raw, numels)
+    has_head = any(name in numels for name in (LM_HEAD_NAMES[config.family], "lm_head.weight"))
+    if has_head:
+        config = dataclasses.replace(config, tie_embeddings=False)
+    shape = shape_of_config(str(path), config)
+    if sum(numels.values()) < sum(shape.trunk):
+        raise ModelError(f"{path}: expected weights of {sum(shape.trunk):,} elements, as "
+                         f"config.json describes, got {sum(numels.values()):,}; the download may "
+                         "be incomplete")
+    return shape
+
+
+def shape_of_model(name: str, model: CausalLM | ScalarModel) -> ModelShape:
+    """The shape of a model that is there."""
+    config = model.backbone.config if isinstance(model.backbone, Decoder) else _like(model.spec)
+    trunk = {id(p): p.numel() for p in model.backbone.parameters()}
+    head = (tuple(p.numel() for p in model.lm_head.parameters() if id(p) not in trunk)
+            if isinstance(model, CausalLM) else ())
+    return ModelShape(name=name, trunk=tuple(trunk.values()), head=head, decoder=config)
+
+
+def _shape_of_other(path: str, raw: Mapping[str, Any], numels: Mapping[str, int]) -> ModelShape:
+    """A model that runs through transformers: parameters as stored, activations as if native."""
+    keys = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+            "hidden_size": "hidden_size", "vocab_size": "vocab_size",
+            "max_positions": "max_position_embeddings"}
+    missing = [key for key in keys.values() if not isinstance(raw.get(key), int)]
+    if missing:
+        raise ModelError(f"{path}: expected sizes in config.json to plan with, found no "
+                         f"{', '.join(missing)}; give a model of similar size with --shape")
+    sizes = {field: int(raw[key]) for field, key in keys.items()}
+    spec = ModelSpec(
+        architecture=str(raw.get("model_type")), **sizes, eos_token_ids=(),
+        num_kv_heads=int(raw.get("num_key_value_heads") or sizes["num_heads"]),
+        head_dim=int(raw.get("head_dim") or sizes["hidden_size"] // sizes["num_heads"]))
+    is_head = {name: name.startswith("lm_head.") for name in numels}
+    tied = bool(raw.get("tie_word_embeddings", True))
+    return ModelShape(
+        name=path, trunk=tuple(n for name, n in numels.items() if not is_head[name]),
+        head=() if tied else tuple(n for name, n in numels.items() if is_head[name]),
+        decoder=_like(spec, int(raw.get("intermediate_size") or 0)))
+
+
+def _like(spec: ModelSpec, intermediate_size: int = 0) -> DecoderConfig:
+    """A decoder of the sizes of another architecture, for what passes leave behind."""
+    return DecoderConfig(
+        family="llama", vocab_size=spec.vocab_size, hidden_size=spec.hidden_size,
+        intermediate_size=intermediate_size or 4 * spec.hidden_size, num_layers=spec.num_layers,
+        num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
+        max_positions=spec.max_positions, rotary_dim=spec.head_dim // 2 * 2)

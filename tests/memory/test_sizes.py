@@ -1,0 +1,176 @@
+"""The formulas of fastrl.memory.sizes beside what torch really keeps."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from fastrl.engine.cache import KVCache
+from fastrl.memory import sizes
+from fastrl.memory.shapes import NAMED, shape_named, shape_of_model
+from fastrl.models import new_decoder
+from fastrl.models.attention import PackedAttention
+from fastrl.models.config import DecoderConfig
+from fastrl.models.families import decoder_config
+from fastrl.ops import adamw
+from fastrl.optim import EMA, AdamW
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox")
+N = 32  # a CPU pads lengths to whole sixteens
+
+
+def small_config(family: str, num_layers: int = 2) -> DecoderConfig:
+    """Sizes that no two quantities share, so that a wrong one shows."""
+    kv_heads = None if family in ("gpt2", "gpt_neox") else 2
+    return decoder_config(family, vocab_size=37, hidden_size=64, num_layers=num_layers,  # type: ignore[arg-type]
+                          num_heads=4, num_kv_heads=kv_heads, intermediate_size=104,
+                          max_positions=64)
+
+
+def kept_for_backward(backbone: nn.Module, lengths: Sequence[int] = (N,)) -> int:
+    """Bytes that a forward leaves for backward: every storage once, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in weights:
+            kept.setdefault(address, tensor)
+        return tensor
+
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    attention = PackedAttention(torch.tensor([0, *lengths]).cumsum(0), max(lengths))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = backbone(torch.randint(37, (sum(lengths),)), positions, attention)
+    bounds = 8 * (len(lengths) + 1)  # the checkpoints of layers keep them; not a matter of tokens
+    total = sum(t.untyped_storage().nbytes() for t in kept.values())
+    del out
+    return total - bounds * any(t.dtype == torch.int64 and len(t) == len(lengths) + 1
+                                for t in kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_are_what_the_forward_keeps(family: str, dtype: torch.dtype) -> None:
+    config = small_config(family)
+    decoder = new_decoder(config, 0, dtype=dtype).backbone
+    layer = sizes.layer_bytes(config, dtype, device_type="cpu")
+    base = sizes.base_bytes(config, dtype, device_type="cpu")
+    assert kept_for_backward(decoder) == N * (2 * layer + base)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_keeps_its_masks(family: str) -> None:
+    config = small_config(family)
+    decoder = new_decoder(config, 0).backbone.train()
+    decoder.residual_dropout = 0.2
+    layer = sizes.layer_bytes(config, torch.float32, has_dropout=True, device_type="cpu")
+    base = sizes.base_bytes(config, torch.float32, device_type="cpu")
+    assert kept_for_backward(decoder) == N * (2 * layer + base)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointed_layers_keep_their_inputs(family: str) -> None:
+    kept = {}
+    for num_layers in (2, 3):
+        decoder = new_decoder(small_config(family, num_layers), 0).backbone
+        decoder.activation_checkpointing = True
+        kept[num_layers] = kept_for_backward(decoder)
+    assert kept[3] - kept[2] == N * sizes.checkpoint_bytes(small_config(family), torch.float32)
+
+
+def test_ragged_sequences_keep_as_much_as_equal_ones_to_a_quarter() -> None:
+    """The dense kernel of a CPU pads; a budget of tokens has to hold for any lengths."""
+    config = small_config("llama")
+    decoder = new_decoder(config, 0).backbone
+    planned = 56 * (2 * sizes.layer_bytes(config, torch.float32, device_type="cpu")
+                    + sizes.base_bytes(config, torch.float32, device_type="cpu"))
+    assert kept_for_backward(decoder, (3, 20, 17, 16)) == pytest.approx(planned, rel=0.25)
+
+
+def test_optimizer_average_and_weights_take_what_they_say() -> None:
+    model = new_decoder(small_config("llama"), 0, dtype=torch.bfloat16)
+    numels = shape_of_model("policy", model).language_model
+    for moments in ("float32", "8bit"):
+        state = AdamW(model.parameters(), moments=moments).state_dict()
+        kept = sum(t.nbytes for name, t in state.items() if name != "num_steps")
+        assert sizes.optimizer_bytes(numels, torch.bfloat16, moments) == kept
+    assert sizes.weight_bytes(numels, torch.bfloat16) == sum(p.nbytes for p in model.parameters())
+    average = EMA(model.parameters(), 0.9).state_dict()
+    assert sizes.ema_bytes(numels, torch.bfloat16) == sum(t.nbytes for t in average.values())
+
+
+def test_kv_bytes_are_those_of_the_cache() -> None:
+    config = small_config("qwen3")
+    cache = KVCache(config.spec, 5, 16, torch.bfloat16, torch.device("cpu"))
+    assert sizes.kv_bytes(config, torch.bfloat16, 80) == cache.kv_pages.nbytes
+
+
+def test_bytes_per_token_of_the_published_models() -> None:
+    """../shared/reference/kernels.md, section 2.1: KB of keys and values per token in bf16."""
+    for name, kilobytes in (("qwen3-0.6b", 115), ("qwen3-1.7b", 115), ("qwen3-4b", 147),
+                            ("llama-3.1-8b", 131), ("qwen3-8b", 147)):
+        num_bytes = sizes.kv_bytes(shape_named(name).decoder, torch.bfloat16, 1)
+        assert round(num_bytes / 1000) == kilobytes
+
+
+def test_parameters_of_the_published_models() -> None:
+    """The totals of the model cards, to the last one."""
+    totals = {"qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096,
+              "qwen3-8b": 8_190_735_360, "llama-3.2-1b": 1_235_814_400,
+              "llama-3.2-3b": 3_212_749_824, "llama-3.1-8b": 8_030_261_248}
+    assert totals.keys() == NAMED.keys()
+    for name, total in totals.items():
+        assert sum(shape_named(name).language_model) == total
+
+
+class MostBytes(TorchDispatchMode):
+    """Bytes of all tensors that operations have made and that still live, at their most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs))
+                 if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+        def gone() -> None:
+            self._seen.discard(key)
+            self.now -= size
+
+        weakref.finalize(storage, gone)
+
+
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scratch_of_the_optimiser(dtype: torch.dtype, moments: str) -> None:
+    """The plan covers what a step holds, and is not far above it."""
+    weights = [torch.ones(1 << 20, dtype=dtype), torch.ones(1000, dtype=dtype)]
+    optimizer = AdamW([w.requires_grad_() for w in weights], moments=moments)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    planned = sizes.scratch_bytes([w.numel() for w in weights], dtype, moments, device_type="cuda")
+    with pytest.MonkeyPatch.context() as patch, MostBytes() as memory:
+        patch.setitem(adamw.PIECE_ELEMENTS, "cpu", adamw.LARGE_PIECE_ELEMENTS)
+        optimizer.step(1e-3)
+    assert 0.75 * planned <= memory.most <= 1.02 * planned
