@@ -386,10 +386,10 @@ class PPOConfig(TrainConfig):
     then saved beside it (else the average beside them)."""
     keep_best: bool = True
     """Keep the checkpoint with the best held-out score minus beta times KL."""
-    logprob_tolerance: float | None = None
+    logprob_tolerance: float = 1e-5
     """Largest accepted difference between rollout and update log-probs of sampled rows; above it
-    the iteration recomputes old log-probs and warns. None: 1e-5 for weights of 32 bits or more, 0
-    (the same bits) for 16, whose rounding moves a ratio by several percent."""
+    the iteration recomputes old log-probs and warns. Two sums over a vocabulary differ by 1e-6; one
+    other bit of a 16-bit state moves a log-prob by 1e-3 and more. 0 accepts the same bits only."""
     num_logprob_checks: int = 8
     """Responses of each iteration recomputed with the update's forward for that test."""
     parking: Literal["auto", "on", "off"] = "auto"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fastrl.errors import FastRLError
 
@@ -31,6 +31,10 @@ class DoctorRun:
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto takes a GPU when there is one."""
+    exact: str | None = None
+    """Folder of a model: only try whether its rows have the same bits in rollout and update."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Type of that model's weights; auto is float32 on a CPU and bfloat16 on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class SelfCheck:
 
 
 def examine(config: DoctorRun, console: "Console") -> bool:
-    """Print what was found and return True when the self check passed.
+    """Print what was found and return True when the self check, or the sweep, passed.
 
     Raises:
         ConfigError: when a device is named that is not there.
@@ -59,6 +63,8 @@ def examine(config: DoctorRun, console: "Console") -> bool:
     from fastrl.trainers.common import resolve_device
 
     device = resolve_device(config.device)
+    if config.exact is not None:
+        return examine_exactness(config.exact, config.dtype, device, console)
     console.table("machine", ("what", "found"), list(machine_facts(device)))
     console.table("packages", ("package", "version", "needed for"), list(package_rows()))
     rows = backend_table(ops, device.type)
@@ -74,6 +80,30 @@ def examine(config: DoctorRun, console: "Console") -> bool:
                    f"{check.seconds:.1f} s, log-probs of engine and full forward differ by at most "
                    f"{check.gap:.1e}")
     return check.is_passed
+
+
+def examine_exactness(path: str, dtype: str, device: "torch.device", console: "Console") -> bool:
+    """Print the sweep of exact mode for a model; True when every line of it passed.
+
+    Raises:
+        ModelError: when the model cannot be loaded.
+    """
+    from fastrl.exactness import set_workspaces
+    from fastrl.exactness.sweep import sweep
+    from fastrl.models.weights import load_causal_lm
+    from fastrl.trainers.common import resolve_dtype
+
+    name = str(resolve_dtype(dtype, device)).removeprefix("torch.")
+    set_workspaces(device.type)
+    begin = time.perf_counter()
+    lines = sweep(load_causal_lm(path, name, str(device)).eval())
+    console.table(f"exact mode of {path} on {device} in {name}",
+                  ("work", "shape", "result", "used"),
+                  [(line.work, line.shape, line.result, line.used) for line in lines])
+    failed = [line for line in lines if not line.is_exact]
+    console.result(f"exact mode {'failed' if failed else 'passed'}: {len(lines) - len(failed)} of "
+                   f"{len(lines)} lines exact, {time.perf_counter() - begin:.1f} s")
+    return not failed
 
 
 def machine_facts(device: "torch.device") -> Iterator[tuple[str, str]]:

@@ -1,11 +1,13 @@
 """fastrl doctor: the table of operations, and a self check that can fail."""
 
 import io
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastrl.doctor as doctor
+import fastrl.exactness.sweep as sweep_module
 from fastrl import cli
 from fastrl.console import Console
 from fastrl.doctor import (
@@ -16,6 +18,9 @@ from fastrl.doctor import (
     package_rows,
     self_check,
 )
+from fastrl.models import new_decoder
+from fastrl.models.families import decoder_config
+from fastrl.models.weights import save_causal_lm
 
 
 def test_self_check_generates_and_agrees() -> None:
@@ -62,3 +67,24 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert "failed (tolerance 0.0001)" in capsys.readouterr().out
     assert cli.main(["doctor", "--device", "cuda:99"]) == 2
     assert "expected one of" in capsys.readouterr().err
+
+
+def test_the_sweep_of_exact_mode_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    save_causal_lm(new_decoder(decoder_config(
+        "llama", vocab_size=70, hidden_size=32, num_layers=1, num_heads=4, intermediate_size=40,
+        max_positions=64), 0), tmp_path / "model")
+    command = ["doctor", "--device", "cpu", "--exact", str(tmp_path / "model")]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    for expected in ("exact mode of", "in float32", "96 x 32", "packed = prompt = decode step",
+                     "passes padded to", "exact mode passed: 9 of 9 lines"):
+        assert expected in printed, expected
+    assert "self check" not in printed
+    assert cli.main([*command, "--dtype", "bfloat16"]) == 0
+    assert "in bfloat16" in capsys.readouterr().out
+    monkeypatch.setattr(sweep_module, "least_rows", lambda shape, dtype, device: None)
+    assert cli.main(command) == 1
+    assert "exact mode failed: 4 of 9 lines" in capsys.readouterr().out
+    assert cli.main(["doctor", "--device", "cpu", "--exact", str(tmp_path / "nothing")]) == 2

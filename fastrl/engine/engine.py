@@ -201,7 +201,8 @@ class Engine:
         """Rows of a decode batch that has `num_rows` real ones."""
         if self.model.lm_head.weight.device.type == "cpu":
             return self._row_count(num_rows)
-        return rung(num_rows, self.config.max_batch_size)
+        most = self.config.max_batch_size
+        return rung(min(max(num_rows, self._min_rows), most), most)
 
     def _end(self, generation: Generation) -> None:
         """Keep the memory of the cache for the next call."""

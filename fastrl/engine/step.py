@@ -11,25 +11,8 @@ from fastrl.engine.batch import DecodeBatch, RecentTokens
 from fastrl.engine.cache import KVCache
 from fastrl.engine.settings import Settings
 from fastrl.models import CausalLM, PagedAttention
+from fastrl.models.heads import project_logits
 from fastrl.ops.paged_attention import PagedPlan, SharedPrefixes
-
-
-def project_logits(
-    hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
-    """[R, V] logits, computed in float32 at least, of hidden [R, D] under weight [V, D].
-
-    Args:
-        out: [at least R, V], memory for the result. A CPU that takes fresh memory for so large a
-            tensor in every step spends as long on that as on the product.
-    """
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    out = None if out is None else out[: len(hidden)]
-    if hidden.is_cuda and hidden.dtype != wide:  # products of 16 bits, sums of 32, no wide copy
-        logits = torch.mm(hidden, weight.t(), out_dtype=wide)
-    else:
-        logits = torch.mm(hidden.to(wide), weight.to(wide).t(), out=out)
-    return logits if bias is None else logits.add_(bias)
 
 
 class DeviceStep:

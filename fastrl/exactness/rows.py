@@ -22,6 +22,10 @@ logger = logging.getLogger("fastrl")
 ROW_COUNTS = (48, 32, 24, *range(16, 0, -1))
 """Row counts that are tried, from many to few, against `MANY_ROWS`."""
 MANY_ROWS = 64
+"""What a CPU's counts are compared with, and the most that a pass is padded to."""
+GPU_ROW_COUNTS = (*range(1, MANY_ROWS + 1), *(128 << i for i in range(7)))
+"""Up to 8192; compared with the largest count whose results fit MAX_RESULT_BYTES."""
+MAX_RESULT_BYTES = 256 * 2**20
 VECTOR_BYTES = 128
 """What elementwise functions take at a time: two registers of 512 bits."""
 MAX_OUTPUTS = 8192
@@ -49,12 +53,11 @@ def invariant_rows(model: CausalLM, *, by_input: bool = False) -> int:
     Args:
         by_input: The pass multiplies with copies stored by input.
     Returns:
-        1 on a GPU, where this is not measured; else the largest count that any shape needs.
+        The largest count that any shape needs.
     """
     weight = model.lm_head.weight
-    if weight.device.type != "cpu":
-        return 1
-    return max(_checked(shape, weight.dtype, by_input) for shape in sorted(weight_shapes(model)))
+    return max(_checked(shape, weight.dtype, weight.device, by_input)
+               for shape in sorted(weight_shapes(model)))
 
 
 def row_multiple(model: CausalLM) -> int:
@@ -72,9 +75,11 @@ def row_multiple(model: CausalLM) -> int:
     return torch.get_num_threads() * max(vector // gcd(vector, width) for width in widths)
 
 
-def _checked(shape: tuple[int, int], dtype: torch.dtype, by_input: bool) -> int:
+def _checked(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device, by_input: bool
+) -> int:
     """Rows for one shape; 1 with a warning where no count helps."""
-    rows = smallest_invariant_rows(shape, dtype, torch.get_num_threads(), by_input)
+    rows = least_rows(shape, dtype, device, by_input)
     if rows is None:
         _warn_once(shape, dtype)
         return 1
@@ -87,6 +92,37 @@ def _warn_once(shape: tuple[int, int], dtype: torch.dtype) -> None:
         "rows of a product with a %d x %d matrix in %s depend on the number of rows, up to %d: "
         "generated tokens may change with the batch where two are almost equally likely",
         *shape, str(dtype).removeprefix("torch."), MANY_ROWS)
+
+
+def least_rows(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device, by_input: bool = False
+) -> int | None:
+    """Rows from which on those of `x @ weight.T` have the same bits; None: no count tried helps."""
+    if device.type == "cpu":
+        return smallest_invariant_rows(shape, dtype, torch.get_num_threads(), by_input)
+    return smallest_invariant_rows_on_gpu(shape, dtype, device)
+
+
+@cache
+@torch.no_grad()
+def smallest_invariant_rows_on_gpu(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> int | None:
+    """As `smallest_invariant_rows`, over GPU_ROW_COUNTS as far as the results fit.
+
+    Returns:
+        The count, at most MANY_ROWS, or None where more than that are needed.
+    """
+    outputs, inputs = shape
+    generator = torch.Generator(device).manual_seed(0)
+    most = max(MANY_ROWS, min(max(GPU_ROW_COUNTS), MAX_RESULT_BYTES // (4 * outputs)))
+    weight, rows = ((torch.rand(size, inputs, generator=generator, device=device) - 0.5).to(dtype)
+                    for size in (outputs, most))
+    many = F.linear(rows, weight)
+    count = _first_of_equal_run(
+        (count, torch.equal(F.linear(rows[:count], weight), many[:count]))
+        for count in sorted(GPU_ROW_COUNTS, reverse=True) if count <= most)
+    return count if count is not None and count <= MANY_ROWS else None
 
 
 @cache

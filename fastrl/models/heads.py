@@ -13,6 +13,24 @@ from torch import Tensor, nn
 Result = TypeVar("Result")
 
 
+def project_logits(
+    hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """[R, V] logits, computed in float32 at least, of hidden [R, D] under weight [V, D].
+
+    Args:
+        out: [at least R, V], memory for the result. A CPU that takes fresh memory for so large a
+            tensor in every step spends as long on that as on the product.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    out = None if out is None else out[: len(hidden)]
+    if hidden.is_cuda and hidden.dtype != wide:  # products of 16 bits, sums of 32, no wide copy
+        logits = torch.mm(hidden, weight.t(), out_dtype=wide)
+    else:
+        logits = torch.mm(hidden.to(wide), weight.to(wide).t(), out=out)
+    return logits if bias is None else logits.add_(bias)
+
+
 class LMHead(nn.Module):
     """Turns hidden states into whatever an op makes of them and the unembedding.
 

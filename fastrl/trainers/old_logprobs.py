@@ -25,17 +25,6 @@ GAP_WARNING = (
 )
 
 
-def logprob_tolerance(config: PPOConfig, dtype: torch.dtype) -> float:
-    """The largest accepted difference: `config.logprob_tolerance`, or by the weights' dtype.
-
-    In float32 the same sums in another order change a log-prob of -10 by about 1e-6. Rounding to 16
-    bits changes it by 0.03 to 0.06, a good part of the clip range: there only equality will do.
-    """
-    if config.logprob_tolerance is not None:
-        return config.logprob_tolerance
-    return 1e-5 if dtype.itemsize >= 4 else 0.0
-
-
 @torch.no_grad()
 def update_logprobs(policy: CausalLM, rollout: Rollout, config: PPOConfig) -> Tensor:
     """[B, T] float32: log-probs of the responses' tokens by the forward of the update."""
@@ -80,7 +69,7 @@ def warn_of_gap(
     gap: float, row: int,
 ) -> None:
     """Say where engine and update part, on the response `row` drawn again."""
-    tolerance = logprob_tolerance(config, policy.lm_head.weight.dtype)
+    tolerance = config.logprob_tolerance
     prompt = rollout.sequence(row)[:int(rollout.prompt_lens[row])]
     place = first_difference(
         engine, policy, prompt, config.sampling, tolerance=tolerance, request_id=row,

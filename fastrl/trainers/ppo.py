@@ -19,6 +19,7 @@ from fastrl.advantages import gae
 from fastrl.config import PPOConfig
 from fastrl.engine import Engine
 from fastrl.exactness import exact_math
+from fastrl.exactness.sweep import warn_of_failures
 from fastrl.kl_control import make_kl_controller
 from fastrl.memory.residents import PARKABLE, Residents, tensors_of
 from fastrl.metrics import PhaseTimer, RunFolder
@@ -39,7 +40,6 @@ from fastrl.trainers.common import (
 )
 from fastrl.trainers.old_logprobs import (
     largest_gap,
-    logprob_tolerance,
     update_logprobs,
     warn_of_gap,
 )
@@ -125,6 +125,8 @@ class PPOTrainer:
         for model in (policy, critic):
             prepare_backbone(model, config)
         self.engine = Engine(policy, config.engine, encoder=encoder)
+        if config.engine.exact:
+            warn_of_failures(policy)
         self.residents = Residents(
             {name.replace(" ", "_"): partial(tensors_of, model) for name, model in models.items()},
             PARKABLE if config.parking == "on" else frozenset(),
@@ -277,7 +279,7 @@ class PPOTrainer:
         if config.num_logprob_checks == 0:
             return old_logprobs, {}
         gap, row = largest_gap(self.policy, rollout, config, self.iteration)
-        if not gap <= logprob_tolerance(config, self.policy.lm_head.weight.dtype):
+        if not gap <= config.logprob_tolerance:
             self.num_recomputed += 1
             warn_of_gap(self.engine, self.policy, rollout, config, self.iteration, gap, row)
             old_logprobs = update_logprobs(self.policy, rollout, config)

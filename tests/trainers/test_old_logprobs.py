@@ -14,7 +14,7 @@ from fastrl.engine import Engine, difference
 from fastrl.engine.difference import NOWHERE, first_difference
 from fastrl.errors import ConfigError
 from fastrl.models import CausalLM, DecoderConfig, new_decoder
-from fastrl.trainers.old_logprobs import largest_gap, logprob_tolerance, update_logprobs
+from fastrl.trainers.old_logprobs import largest_gap, update_logprobs
 
 
 def engine_with(policy: CausalLM, **changes: Any) -> Engine:
@@ -116,11 +116,8 @@ def test_another_architecture_is_compared_as_a_whole(task: SimpleNamespace) -> N
                             tolerance=1e-5, seed=1, request_id=5) == "hidden states"
 
 
-def test_the_tolerance_follows_the_type_of_the_weights() -> None:
-    assert logprob_tolerance(PPOConfig(), torch.float32) == 1e-5
-    assert logprob_tolerance(PPOConfig(), torch.bfloat16) == 0
-    assert logprob_tolerance(PPOConfig(logprob_tolerance=0.0), torch.float32) == 0
-    assert logprob_tolerance(PPOConfig(logprob_tolerance=1e-3), torch.bfloat16) == 1e-3
+def test_a_tolerance_of_0_accepts_the_same_bits_only() -> None:
+    assert PPOConfig(logprob_tolerance=0.0).logprob_tolerance == 0
     with pytest.raises(ConfigError, match="logprob_tolerance: expected a number of at least 0"):
         PPOConfig(logprob_tolerance=-1e-5)
 

@@ -1,0 +1,125 @@
+"""The sweep: what it finds in order on this machine, and that it sees each kind of failure."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+import fastrl.exactness.sweep as sweep_module
+from fastrl.exactness import rows
+from fastrl.exactness.sweep import SweepLine, sweep, warn_of_failures
+from fastrl.models import CausalLM, new_decoder
+from fastrl.models.families import decoder_config
+
+
+def tiny(family: str = "llama", dtype: torch.dtype = torch.float32) -> CausalLM:
+    return new_decoder(decoder_config(
+        family, vocab_size=70, hidden_size=32, num_layers=1, num_heads=4, intermediate_size=40,
+        max_positions=64), 0, dtype=dtype)
+
+
+def line(lines: list[SweepLine], work: str) -> SweepLine:
+    (found,) = [one for one in lines if one.work == work]
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt2", "gpt_neox"])
+def test_every_family_passes_on_a_cpu(family: str, dtype: torch.dtype) -> None:
+    model = tiny(family, dtype)
+    lines = sweep(model)
+    products = {one.shape for one in lines if one.work == "product"}
+    assert products == {f"{a} x {b}" for a, b in rows.weight_shapes(model)}
+    assert [one.work for one in lines if one.work != "product"] == [
+        "norm", "mlp", "attention", "LM head"]
+    assert [one for one in lines if not one.is_exact] == []
+    assert line(lines, "attention").result == "packed = prompt = decode step"
+
+
+def test_a_product_that_never_agrees_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_module, "least_rows",
+                        lambda shape, dtype, device: None if shape == (70, 32) else 5)
+    failed = [one for one in sweep(tiny()) if not one.is_exact]
+    assert [(one.work, one.shape) for one in failed] == [("product", "70 x 32")]
+    assert "recomputed" in failed[0].used
+    assert "passes padded to 5 rows" in {one.used for one in sweep(tiny())}
+
+
+def test_a_row_kernel_that_looks_at_other_rows_is_seen() -> None:
+    model = tiny()
+    model.backbone.layers[0].mlp.register_forward_hook(
+        lambda module, inputs, output: output + output.mean())
+    found = line(sweep(model), "mlp")
+    assert not found.is_exact and "other bits with" in found.result
+    model = tiny()
+    model.backbone.layers[0].attention_norm.register_forward_hook(
+        lambda module, inputs, output: (output[0] * (1 + len(output[0])), output[1]))
+    assert not line(sweep(model), "norm").is_exact
+
+
+@pytest.mark.parametrize("path", ["prompt", "decode step"])
+def test_pages_that_give_other_bits_are_seen(
+    monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    real = sweep_module.paged_attention
+
+    def other(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        is_decode = kwargs["max_seqlen_q"] == 1
+        out = real(query, *args, **kwargs)
+        return out * (1 + 1e-6) if is_decode == (path == "decode step") else out
+
+    monkeypatch.setattr(sweep_module, "paged_attention", other)
+    found = line(sweep(tiny()), "attention")
+    assert not found.is_exact and f"{path} of 100" in found.result
+
+
+def test_a_sampler_with_other_logprobs_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = sweep_module.sample_tokens
+    monkeypatch.setattr(sweep_module, "sample_tokens", lambda *args, **kwargs: (
+        real(*args, **kwargs)._replace(logprobs=real(*args, **kwargs).logprobs + 1)))
+    found = line(sweep(tiny()), "LM head")
+    assert not found.is_exact and "differ by 1.0e+00" in found.result
+
+
+def test_what_there_is_no_time_for_is_not_called_exact() -> None:
+    lines = sweep(tiny(), max_seconds=-1)
+    assert {one.work for one in lines} == {"not tried"} and not any(o.is_exact for o in lines)
+
+
+def test_start_up_says_what_fails_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="fastrl"):
+        warn_of_failures(tiny())
+        assert not caplog.records
+        monkeypatch.setattr(sweep_module, "sweep", lambda model: [
+            SweepLine("norm", "rows of 32", "equal", "nothing to do", True),
+            SweepLine("attention", "4 heads", "other bits", "recomputed", False)])
+        warn_of_failures(tiny())
+    (record,) = caplog.records
+    assert record.getMessage().startswith("exact mode: attention, 4 heads: other bits; recomputed")
+
+
+def test_a_gpus_counts_are_compared_with_the_most_that_fit(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, whose products of one thread agree from a few rows on."""
+    counts: list[int] = []
+    real = torch.nn.functional.linear
+
+    def noted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        counts.append(len(x))
+        return real(x, weight)
+
+    monkeypatch.setattr(rows.F, "linear", noted)
+    find = rows.smallest_invariant_rows_on_gpu.__wrapped__
+    least = find((40, 32), torch.float32, torch.device("cpu"))
+    assert least == rows.smallest_invariant_rows((40, 32), torch.float32, 1)
+    assert max(counts) == 8192 and {64, 63, 2048} <= set(counts)
+    counts.clear()
+    monkeypatch.setattr(rows, "MAX_RESULT_BYTES", 40 * 4 * 300)
+    find((40, 32), torch.float32, torch.device("cpu"))
+    assert counts[0] == 300 and max(counts[1:]) == 256
+    monkeypatch.setattr(rows.F, "linear", lambda x, weight: real(x, weight) + len(x))
+    assert find((40, 32), torch.float32, torch.device("cpu")) is None
