@@ -64,6 +64,7 @@ class Engine:
     def __init__(
         self, model: CausalLM, config: EngineConfig | None = None, encoder: Decoder | None = None
     ) -> None:
+        check_resident("engine", model.lm_head.weight)
         self.model = model
         self.config = config or EngineConfig()
         self.encoder = encoder
@@ -177,6 +178,7 @@ class Engine:
             generation.forget()
 
     def _begin(self, requests: Sequence[Request], one_at_a_time: bool) -> Generation:
+        check_resident("engine", self.model.lm_head.weight)
         cache = self._take_cache(requests)
         graphs = None
         if all(active.graphs is None for active in self._active):  # their tensors are for one call
@@ -288,7 +290,6 @@ class Engine:
 @contextmanager
 def _evaluating(model: CausalLM) -> Iterator[None]:
     """Eval mode and no gradients inside; every module's own mode afterwards."""
-    check_resident("engine", model.lm_head.weight)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -178,7 +178,12 @@ def test_a_parked_model_says_so(task: SimpleNamespace) -> None:
     example = [task.PTX[0].token_ids]
     assert trainer.residents.parked >= {"reference", "critic", "policy_optimizer"}
     with pytest.raises(ConfigError, match="engine: expected weights in memory, got parked ones"):
-        Engine(trainer.reference).generate([[2, 3]], trainer.config.sampling, seed=0)
+        Engine(trainer.reference)
+    with trainer.residents.phase("critic_update"), \
+            pytest.raises(ConfigError, match="engine: expected weights in memory"):
+        trainer.engine.generate([[2, 3]], trainer.config.sampling, seed=0)
+    with trainer.residents.phase("rollout"):
+        trainer.engine.generate([[2, 3]], trainer.config.sampling, seed=0)
     with pytest.raises(ConfigError, match="ScalarModel: expected weights in memory"):
         packed_forward(trainer.critic, example)
     with pytest.raises(ConfigError, match="AdamW: expected weights in memory"):
