@@ -1,6 +1,7 @@
 # make demo   the whole pipeline on a model made on the spot, minutes on a CPU
 # make test   lint, types and tests
 # make aot    compile every specialisation of every Triton kernel, with registers and spills
+# make peers  other trainers, each in an environment of its own, for benchmarks/bench_ppo.py
 # Override: make test TORCH="torch==2.11.0" PYTHON=python3.12
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ RUN    := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 # One process per core, one thread each.
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test aot lint types install install-test clean
+.PHONY: demo test aot peers lint types install install-test clean
 
 demo: install
 	$(RUN) $(BIN)/fastrl demo
@@ -24,6 +25,16 @@ test: lint types
 
 aot: install-test
 	FASTRL_AOT=every $(BIN)/python -m pytest -n $(JOBS) -rP tests/kernels/test_aot.py
+
+# Never a dependency of fastrl: what an import of these would break stays in their folders. TRL's
+# last release with a PPO trainer.
+peers: peers/trl/.installed
+
+peers/trl/.installed:
+	$(PYTHON) -m venv peers/trl
+	peers/trl/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	peers/trl/bin/python -m pip install --quiet --disable-pip-version-check "trl==1.12.0"
+	touch $@
 
 lint: install-test
 	$(BIN)/ruff check .
