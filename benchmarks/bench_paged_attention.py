@@ -1,4 +1,8 @@
-"""paged_attention: decode steps of equal and mixed lengths and of few sequences; prompts."""
+"""paged_attention: decode steps of equal and mixed lengths and of few sequences; prompts; samples.
+
+Cases together_* and apart_* are one step over G samples of each prompt, whose P tokens are read
+once or by every sample: the bytes are those of either way.
+"""
 
 from functools import partial
 
@@ -6,7 +10,7 @@ import torch
 
 from benchmarks.cases import Case, Inputs
 from fastrl.ops import paged_attention
-from fastrl.ops.paged_attention import paged_attention_reference
+from fastrl.ops.paged_attention import SharedPrefixes, paged_attention_reference
 
 LAYERS, PAGE_SIZE = 2, 16
 
@@ -44,6 +48,25 @@ def flops(
     return 4 * pairs * Hq * C
 
 
+def samples(
+    B: int, G: int, P: int, S: int, Hq: int, Hk: int, C: int, dtype: torch.dtype, together: bool
+) -> Inputs:
+    """B sequences of S tokens; every G of them begin with the same P, in whole pages."""
+    given = inputs(B, S, Hq, Hk, C, dtype, mixed=False, prompts=False)
+    table = given["page_table"].unflatten(0, (B // G, G))
+    table[:, :, : P // PAGE_SIZE] = table[:, :1, : P // PAGE_SIZE].clone()
+    groups = torch.stack([torch.arange(0, B, G), torch.full((B // G,), G)], dim=1)
+    shared_lens = torch.full((B,), P)
+    return {**given, "prefixes": SharedPrefixes(groups, shared_lens) if together else None}
+
+
+def bytes_of_samples(
+    B: int, G: int, P: int, S: int, Hq: int, Hk: int, C: int, dtype: torch.dtype, together: bool
+) -> int:
+    tokens = (B // G * P if together else B * P) + B * (S - P)
+    return (tokens * 2 * Hk + 2 * B * Hq) * C * dtype.itemsize
+
+
 CPU_HEADS, GPU_HEADS = {"Hq": 8, "Hk": 2, "C": 48}, {"Hq": 32, "Hk": 8, "C": 128}
 CASES = [
     Case(op=paged_attention, name=name, reference=paged_attention_reference,
@@ -56,5 +79,15 @@ CASES = [
         ("equal", False, False, {"B": 64, "S": 256}, {"B": 256, "S": 2048}),
         ("mixed", True, False, {"B": 64, "S": 256}, {"B": 256, "S": 2048}),
         ("few", False, False, {"B": 4, "S": 256}, {"B": 16, "S": 1024}),
-        ("prompts", True, True, {"B": 16, "S": 128}, {"B": 16, "S": 1024}))
+        ("prompts", True, True, {"B": 16, "S": 128}, {"B": 16, "S": 1024}))] + [
+    Case(op=paged_attention, name=f"{'together' if together else 'apart'}_{G}",
+         reference=paged_attention_reference, inputs=partial(samples, together=together),
+         run=lambda op, **given: op(**given),
+         cpu={"B": 2 * G, "G": G, "P": 128, "S": 256, **CPU_HEADS},
+         gpu={"B": B, "G": G, "P": 512, "S": 1024, **GPU_HEADS},
+         small={"B": 4, "G": 2, "P": 16, "S": 37, "Hq": 4, "Hk": 2, "C": 16},
+         gpu_dtype=torch.bfloat16, bytes_moved=partial(bytes_of_samples, together=together),
+         flops=lambda B, G, P, S, Hq, Hk, C, dtype: 4 * B * S * Hq * C)
+    for G, B in ((16, 256), (8, 256))
+    for together in (True, False)
 ]

@@ -3,7 +3,8 @@
 Random weights made on the device; nothing stops a response early. equal: every response has T
 tokens; mixed: T/16 to T, evenly spread. A provider is called once to warm up, which compiles and
 captures, and then timed. The floor is that of the decode steps: weights once a step, the cached
-tokens of every sequence, its logits; or the products, where they take longer.
+tokens of every sequence (the prompt's once for all its samples), its logits; or the products, where
+they take longer.
 """
 
 import gc

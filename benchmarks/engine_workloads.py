@@ -109,10 +109,13 @@ def random_model(config: DecoderConfig, dtype: torch.dtype, device: str) -> Caus
 
 
 def floor(load: Workload, config: DecoderConfig, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes and operations of a call at least: weights once a step, cached tokens, logits."""
+    """Bytes and operations of a call at least: weights once a step, cached tokens, logits.
+
+    The samples of a prompt read its tokens once for all of them.
+    """
     weights = _num_weights(config)
     read = weights if config.tie_embeddings else weights - config.vocab_size * config.hidden_size
-    cached = load.samples * sum(load.prompt * t + t * (t - 1) // 2 for t in load.wanted)
+    cached = sum(load.prompt * t + load.samples * (t * (t - 1) // 2) for t in load.wanted)
     logits = load.num_tokens * config.vocab_size * 4
     prompt_tokens = load.prompt * load.batch // load.samples
     return (max(load.wanted) * read * dtype.itemsize + cached * _kv_numel(config) * dtype.itemsize

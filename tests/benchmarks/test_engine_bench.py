@@ -34,6 +34,10 @@ def test_floor_and_memory_of_a_llama_with_eight_billion_weights() -> None:
     assert floor(case, config, torch.bfloat16) == (
         512 * read * 2 + cached + 32 * 512 * 128256 * 4, 2 * read * 32 * (512 + 128))
     assert memory(case, config, torch.bfloat16) == 8_030_261_248 * 2 + 32 * 640 * 131_072
+    eight = Workload("llama-3.1-8b", 32, 128, 512, 8, "equal")
+    read_once = 28 * 512 * 128 * 131_072  # of four prompts instead of 32
+    assert floor(eight, config, torch.bfloat16)[0] == floor(case, config, torch.bfloat16)[0] \
+        - read_once
 
 
 def test_a_run_writes_its_rows(tmp_path: Path) -> None:

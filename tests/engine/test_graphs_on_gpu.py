@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastrl.config import EngineConfig, SamplingConfig
-from fastrl.engine import Engine
+from fastrl.engine import Engine, prefixes
 from fastrl.engine.flags import Flags
 from fastrl.engine.graphs import refusal
 from fastrl.engine.step import DeviceStep
@@ -59,6 +59,23 @@ def test_a_replayed_step_gives_the_bits_of_an_eager_one(model: CausalLM, kind: s
     _assert_same_bits(eager, _generate(model, kind, cuda_graphs="on"))
     _assert_same_bits(eager, _generate(model, kind, cuda_graphs="off", sync_every=1))
     _assert_same_bits(eager, _generate(model, kind, cuda_graphs="on", sync_every=3))
+
+
+def test_samples_read_shared_pages_once_with_the_same_bits(
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of several blocks of keys, some samples of which end early."""
+    prompts = [list(range(2, 302)), [9] * 130, [5] * 40]
+    rollouts = []
+    for least in (0, 2**60):
+        monkeypatch.setattr(prefixes, "MIN_SAVED_BYTES", least)
+        for graphs in ("on", "off"):
+            engine = Engine(model, EngineConfig(cuda_graphs=graphs))  # type: ignore[arg-type]
+            rollouts.append(engine.generate(prompts, KINDS["plain"], num_samples_per_prompt=18))
+            if engine._graphs is not None:
+                assert any(key.has_groups for key in engine._graphs.capture_s) == (least == 0)
+    for other in rollouts[1:]:
+        _assert_same_bits(rollouts[0], other)
 
 
 def test_new_weights_need_no_new_graph(model: CausalLM) -> None:

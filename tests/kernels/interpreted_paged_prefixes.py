@@ -143,6 +143,14 @@ def test_whole_blocks_are_read_by_the_pages_of_the_first_alone(groups: list[Grou
     assert torch.equal(ours(inputs, page_table=table), expected)
 
 
+def test_what_nobody_sees_is_not_read() -> None:
+    inputs = decode([(128, [DEAD, 9, 30]), (64, [DEAD, DEAD])], (2, 1))
+    expected = ours(inputs, window=40)
+    inputs["page_table"][:3, : 64 // PAGE_SIZE] = 2**40  # before the windows of those alive
+    inputs["page_table"][3:] = 2**40
+    assert torch.equal(ours(inputs, window=40), expected)
+
+
 def test_a_loose_bound_on_lengths_and_strides() -> None:
     """As in a captured graph; and indices that lie apart."""
     inputs = decode([(80, [5, 9]), (0, [3])], (2, 1))
