@@ -94,7 +94,7 @@ class BuildCUDA(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(["nvcc", "-shared", "-cudart", "static", *map(str, objects), "-o",
-                        str(target), f"-L{torch_dir / 'lib'}", "-ltorch_cpu"], check=True)
+                        str(target), f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-ldl"], check=True)
 
 
 def cuda_extension() -> Extension:

@@ -3,7 +3,9 @@
 #include <Python.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
+#include "arena.h"
 #include "checks.h"
 #include "kernels.h"
 
@@ -342,6 +344,16 @@ void run_copy_pages(const Tensor kv_pages, const Tensor sources, const Tensor ta
         count, on_stream(kv_pages, stream)));
 }
 
+// The bytes of a range as a tensor. It owns nothing: the range has to outlive it.
+Tensor arena_bytes(int64_t address, int64_t num_bytes, int64_t device) {
+    const int64_t stride = 1;
+    return torch::stable::from_blob(
+        reinterpret_cast<void*>(static_cast<uintptr_t>(address)), {&num_bytes, 1}, {&stride, 1},
+        torch::stable::Device(torch::headeronly::DeviceType::CUDA,
+                              static_cast<torch::stable::accelerator::DeviceIndex>(device)),
+        ScalarType::Byte);
+}
+
 }  // namespace
 }  // namespace fastrl
 
@@ -376,6 +388,22 @@ STABLE_TORCH_LIBRARY(fastrl_cuda, m) {
           "Tensor? cos, Tensor? sin, float epsilon, Tensor(a!) kv_pages, int layer, "
           "Tensor slot_mapping, Tensor(b!)? query_out, int stream) -> ()");
     m.def("copy_pages(Tensor(a!) kv_pages, Tensor sources, Tensor targets, int stream) -> ()");
+    m.def("arena_granularity(int device) -> int");
+    m.def("arena_reserve(int num_bytes) -> int");
+    m.def("arena_map(int address, int num_bytes, int device) -> ()");
+    m.def("arena_unmap(int address, int num_bytes) -> ()");
+    m.def("arena_free(int address, int num_bytes) -> ()");
+    m.def("arena_bytes(int address, int num_bytes, int device) -> Tensor");
+}
+
+// Ops on addresses: no tensor says which device they are for.
+STABLE_TORCH_LIBRARY_IMPL(fastrl_cuda, CompositeExplicitAutograd, m) {
+    m.impl("arena_granularity", TORCH_BOX(&fastrl::arena_granularity));
+    m.impl("arena_reserve", TORCH_BOX(&fastrl::arena_reserve));
+    m.impl("arena_map", TORCH_BOX(&fastrl::arena_map));
+    m.impl("arena_unmap", TORCH_BOX(&fastrl::arena_unmap));
+    m.impl("arena_free", TORCH_BOX(&fastrl::arena_free));
+    m.impl("arena_bytes", TORCH_BOX(&fastrl::arena_bytes));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastrl_cuda, CUDA, m) {

@@ -31,3 +31,7 @@ class NumericsError(FastRLError, RuntimeError):
 
 class RewardError(FastRLError, RuntimeError):
     """A reward function raised, did not return in time, or returned what cannot be scores."""
+
+
+class DeviceMemoryError(FastRLError, RuntimeError):
+    """No memory is left even for the smallest piece of work; says what to make smaller."""

@@ -1,6 +1,7 @@
 """The paged KV cache: one tensor of pages, a free list and a reference count per page."""
 
 import heapq
+import logging
 import math
 from collections.abc import Sequence
 
@@ -9,8 +10,11 @@ from torch import Tensor
 
 from fastrl.engine.batch import upload
 from fastrl.errors import ConfigError
+from fastrl.memory.arena import Arena
 from fastrl.models.spec import ModelSpec
 from fastrl.ops import copy_pages
+
+logger = logging.getLogger("fastrl")
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:
@@ -18,16 +22,28 @@ def pages_for(num_tokens: int, page_size: int) -> int:
     return -(-num_tokens // page_size)
 
 
+def page_shape(spec: ModelSpec, page_size: int) -> tuple[int, int, int, int, int]:
+    """[L, 2, page_size, Hk, C] of a page."""
+    return spec.num_layers, 2, page_size, spec.num_kv_heads, spec.head_dim
+
+
 class KVCache:
     """Pages of keys and values, handed out and taken back.
 
-    A page belongs to everyone who holds a reference; the last one to release it frees it.
+    A page belongs to everyone who holds a reference; the last one to release it frees it. The pages
+    lie in an arena: an idle cache may give its memory back and keep its addresses.
 
     Args:
         spec: The model's layers, KV heads and channels.
         num_pages: Pages to reserve.
         page_size: Tokens per page.
         dtype, device: Of the keys and values.
+    Raises:
+        torch.OutOfMemoryError: when there is no memory for them; see `new_cache`.
+    """
+
+    kv_pages: Tensor
+    """[num_pages, L, 2, page_size, Hk, C]; with `shrink`, pages beyond `num_pages` have no memory.
     """
 
     def __init__(
@@ -35,22 +51,53 @@ class KVCache:
         device: torch.device,
     ) -> None:
         self.page_size = page_size
-        shape = (num_pages, spec.num_layers, 2, page_size, spec.num_kv_heads, spec.head_dim)
-        try:
-            self.kv_pages: Tensor = torch.zeros(shape, dtype=dtype, device=device)
-        except RuntimeError as error:
-            gib = math.prod(shape) * dtype.itemsize / 2**30
-            raise ConfigError(
-                f"num_pages: expected a cache that fits in the memory of {device}, got {num_pages} "
-                f"pages of {page_size} tokens, {gib:.1f} GiB; lower num_pages, max_batch_size or "
-                "max_new_tokens") from error
-        """[num_pages, L, 2, page_size, Hk, C]; begins as zeros, so that no slot ever holds NaN."""
+        self._shape = (num_pages, *page_shape(spec, page_size))
+        self._dtype = dtype
+        self.page_bytes = math.prod(self._shape[1:]) * dtype.itemsize
+        self.arena = Arena(num_pages * self.page_bytes, device)
+        self._reset(num_pages)
+        self.map()
+
+    def _reset(self, num_pages: int) -> None:
         self._free = list(range(num_pages))  # a heap: the lowest pages stay together
         self._references = [0] * num_pages
 
+    def map(self) -> None:
+        """Have memory for all pages; their content is lost where they had none.
+
+        Raises:
+            torch.OutOfMemoryError: when there is not as much.
+        """
+        self.arena.map(self.num_pages * self.page_bytes)
+        num_pages = self._shape[0] if self.arena.keeps_addresses else self.num_pages
+        self.kv_pages = self.arena.tensor(0, (num_pages, *self._shape[1:]), self._dtype)
+
+    def unmap(self) -> None:
+        """Give the memory back; no page may be in use."""
+        assert self.num_free == self.num_pages, "pages are in use"
+        if not self.arena.keeps_addresses:
+            self.kv_pages = self.kv_pages.new_empty(0)
+        self.arena.unmap()
+
+    def shrink(self, num_pages: int) -> None:
+        """Have memory for the first `num_pages` only; none may be in use, addresses stay."""
+        self.unmap()
+        self._reset(num_pages)
+        self.map()
+
+    @property
+    def has_shrunk(self) -> bool:
+        """There are fewer pages than addresses."""
+        return self.num_pages < self._shape[0]
+
+    @property
+    def slots_are_finite(self) -> bool:
+        """No slot holds NaN that nobody has written there: pages begin as zeros."""
+        return self.arena.is_zeroed
+
     @property
     def num_pages(self) -> int:
-        """All pages, free or not."""
+        """All pages with memory, free or not."""
         return len(self._references)
 
     @property
@@ -103,3 +150,33 @@ class KVCache:
         assert counts == self._references, "references and holders differ"
         free = [page for page, count in enumerate(counts) if not count]
         assert sorted(self._free) == free, "the free list is not the pages without references"
+
+
+def new_cache(
+    spec: ModelSpec, num_pages: int, least: int, page_size: int, dtype: torch.dtype,
+    device: torch.device,
+) -> KVCache:
+    """A cache of `num_pages`, or of half as many, and so on, as there is memory for.
+
+    Args:
+        least: Pages that the longest sequence needs: there is no smaller cache.
+    Raises:
+        ConfigError: when there is no memory for `least` pages.
+    """
+    count = num_pages
+    while True:
+        try:
+            cache = KVCache(spec, count, page_size, dtype, device)
+        except torch.OutOfMemoryError as error:
+            if count <= least:
+                gib = count * math.prod(page_shape(spec, page_size)) * dtype.itemsize / 2**30
+                raise ConfigError(
+                    f"num_pages: expected a cache that fits in the memory of {device}, got {count} "
+                    f"pages of {page_size} tokens, {gib:.1f} GiB; lower num_pages, max_batch_size "
+                    "or max_new_tokens, or give memory back first") from error
+            count = max(least, count // 2)
+            continue
+        if count < num_pages:
+            logger.warning("num_pages: no memory on %s for %d pages of %d tokens; going on with "
+                           "%d, responses are the same", device, num_pages, page_size, count)
+        return cache

@@ -4,20 +4,21 @@
     rollout = engine.generate(prompts, SamplingConfig(max_new_tokens=64), seed=0)
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fastrl.checks import check_resident
 from fastrl.config import EngineConfig, SamplingConfig
-from fastrl.engine.cache import KVCache, pages_for
+from fastrl.engine.cache import KVCache, new_cache, page_shape, pages_for
 from fastrl.engine.generation import Generation
 from fastrl.engine.graphs import StepGraphs, graphs_for, rung
 from fastrl.engine.request import Request, SharedPrompt, check_stops, checked_prompt
 from fastrl.engine.text import Decoder, TextPieces
-from fastrl.errors import ConfigError
+from fastrl.errors import ConfigError, DeviceMemoryError
 from fastrl.exactness import (
     exact_math,
     invariant_rows,
@@ -28,10 +29,13 @@ from fastrl.exactness import (
 from fastrl.models import CausalLM
 from fastrl.ops.paged_attention import slots_read
 from fastrl.ops.sampling import request_seeds
+from fastrl.out_of_memory import is_out_of_memory
 from fastrl.types import Rollout
 
 PAGE_SIZE = 16
 """Tokens per page where sequences have many."""
+MAX_HALVINGS = 8
+"""Of the pages, when there is no memory for what a call needs beside them."""
 Progress = Callable[[int, int, int], None]
 """Called after every round with (tokens drawn, responses finished, responses)."""
 
@@ -78,6 +82,8 @@ class Engine:
         self._idle_cache: KVCache | None = None
         self._active: list[Generation] = []
         self._graphs: StepGraphs | None = None
+        self._max_batch_size = self.config.max_batch_size
+        self._max_cache_bytes: int | None = None  # once there was no memory for more
 
     def generate(
         self, prompts: Sequence[Sequence[int]],
@@ -117,6 +123,12 @@ class Engine:
                         on_progress(generation.num_tokens, generation.num_finished, len(requests))
         finally:
             self._end(generation)
+        try:
+            return generation.results.rollout(num_samples_per_prompt)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        self.release_memory()
         return generation.results.rollout(num_samples_per_prompt)
 
     def stream(
@@ -170,26 +182,60 @@ class Engine:
     def weights_changed(self) -> None:
         """Drop every cached page: no token is drawn from keys and values of old weights.
 
-        Captured graphs hold on to the memory of the pages; no page of an idle cache is in use.
+        The idle cache gives its memory back where no captured graph would be lost by that.
         """
-        if self._graphs is None:
-            self._idle_cache = None
+        if self._graphs is None or (
+                self._idle_cache is not None and self._idle_cache.arena.keeps_addresses):
+            self.release_memory()
         for generation in self._active:
             generation.forget()
 
+    def release_memory(self) -> None:
+        """Give back the memory of the cache until the next call.
+
+        Captured graphs stay: they know the addresses of the pages, and those are kept. Where the
+        device has no virtual memory, graphs go with the cache. A call that is under way keeps
+        its own pages.
+        """
+        cache = self._idle_cache
+        if cache is None:
+            return
+        cache.unmap()
+        if not cache.arena.keeps_addresses:
+            self._idle_cache = None
+            if not self._active:
+                self._graphs = None
+
     def _begin(self, requests: Sequence[Request], one_at_a_time: bool) -> Generation:
         check_resident("engine", self.model.lm_head.weight)
-        cache = self._take_cache(requests)
+        for _ in range(MAX_HALVINGS):
+            cache = self._take_cache(requests)
+            try:
+                generation = self._generation(cache, requests, one_at_a_time)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            else:
+                self._active.append(generation)
+                return generation
+            self._max_cache_bytes = cache.num_pages // 2 * cache.page_bytes
+            cache.arena.close()
+        raise DeviceMemoryError(
+            f"generate: expected memory for {len(requests)} responses beside the pages, got none; "
+            "ask for fewer at a time, lower max_new_tokens, or free memory on the device")
+
+    def _generation(
+        self, cache: KVCache, requests: Sequence[Request], one_at_a_time: bool
+    ) -> Generation:
         graphs = None
         if all(active.graphs is None for active in self._active):  # their tensors are for one call
             with self._exact_math():
                 graphs = self._graphs = graphs_for(self.model, self.config, cache, self._graphs)
-        generation = Generation(
-            self.model, self.config, cache, requests, tuple(self.model.spec.eos_token_ids),
-            row_count=self._row_count, batch_rows=self._batch_rows, graphs=graphs,
-            one_at_a_time=one_at_a_time, by_input=self._by_input)
-        self._active.append(generation)
-        return generation
+        return Generation(
+            self.model, replace(self.config, max_batch_size=self._max_batch_size), cache, requests,
+            tuple(self.model.spec.eos_token_ids), row_count=self._row_count,
+            batch_rows=self._batch_rows, graphs=graphs, one_at_a_time=one_at_a_time,
+            by_input=self._by_input)
 
     def _exact_math(self) -> AbstractContextManager[None]:
         """The settings of exact mode, where it is on."""
@@ -208,9 +254,12 @@ class Engine:
 
     def _end(self, generation: Generation) -> None:
         """Keep the memory of the cache for the next call."""
-        generation.cancel(generation.requests)
         self._active.remove(generation)
-        self._idle_cache = generation.cache
+        generation.cancel(generation.requests)
+        self._idle_cache = cache = generation.cache
+        self._max_batch_size = generation.scheduler.max_batch_size
+        if cache.has_shrunk:
+            self._max_cache_bytes = cache.num_pages * cache.page_bytes
 
     def _take_cache(self, requests: Sequence[Request]) -> KVCache:
         """A cache without a page in use, large enough for what can run together."""
@@ -228,15 +277,26 @@ class Engine:
                 f"(prompt {len(requests[row].prompt.token_ids)}, up to "
                 f"{requests[row].max_tokens} new), got {num_pages}; raise num_pages or lower "
                 f"max_new_tokens")
+        page_bytes = math.prod(page_shape(self.model.spec, page_size)) * weight.dtype.itemsize
+        if self._max_cache_bytes is not None:
+            num_pages = max(max(needed), min(num_pages, self._max_cache_bytes // page_bytes))
         idle, self._idle_cache = self._idle_cache, None
         if idle is not None and idle.kv_pages.dtype == weight.dtype \
                 and idle.kv_pages.device == weight.device \
                 and (idle.page_size == page_size or self.config.page_size is None
                      and idle.page_size > page_size) \
                 and (idle.num_pages == num_pages
-                     or self.config.num_pages is None and idle.num_pages > num_pages):
+                     or self.config.num_pages is None and idle.num_pages > num_pages) \
+                and _has_memory(idle):
             return idle
-        return KVCache(self.model.spec, num_pages, page_size, weight.dtype, weight.device)
+        if idle is not None:
+            idle.arena.close()
+            del idle
+        cache = new_cache(self.model.spec, num_pages, max(needed), page_size, weight.dtype,
+                          weight.device)
+        if cache.num_pages < num_pages:
+            self._max_cache_bytes = cache.num_pages * page_bytes
+        return cache
 
     def _page_size(self, requests: Sequence[Request], device: torch.device) -> int:
         """Tokens per page, as `EngineConfig.page_size` says."""
@@ -285,6 +345,15 @@ class Engine:
                 index = len(requests)
                 requests.append(Request(index, own, seeds[index], max_tokens, settings, text))
         return requests
+
+
+def _has_memory(cache: KVCache) -> bool:
+    """True once an idle cache has memory again; False where there is none for it."""
+    try:
+        cache.map()
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Shape letters: R rows of the decode batch.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
@@ -22,9 +23,13 @@ from fastrl.engine.scheduler import Admission, Scheduler, starting_order
 from fastrl.engine.settings import Settings
 from fastrl.engine.step import DeviceStep
 from fastrl.engine.text import TextPieces
+from fastrl.errors import DeviceMemoryError
 from fastrl.models import CausalLM
 from fastrl.models.by_input import WeightsByInput, matrices
 from fastrl.ops.paged_attention import size_bucket
+from fastrl.out_of_memory import is_out_of_memory
+
+logger = logging.getLogger("fastrl")
 
 STEPS_PER_ROUND = {"cpu": 1, "cuda": 8}
 """Decode steps of a round where the config names no number."""
@@ -88,7 +93,52 @@ class Generation:
         return self.num_finished == len(self.requests)
 
     def step(self) -> None:
-        """Start waiting requests, or else a round: a few tokens for each running one."""
+        """Start waiting requests, or else a round: a few tokens for each running one.
+
+        Where an allocation fails, all sequences start again from the tokens that they have, half as
+        many at a time.
+
+        Raises:
+            DeviceMemoryError: when there is no memory even for one.
+        """
+        num_failures = 0
+        while True:
+            try:
+                if num_failures:
+                    self._restart()
+                if not self.is_finished:
+                    self._advance()
+                return
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                num_failures += 1
+                if self.scheduler.max_batch_size == 1 and num_failures > 1:
+                    raise DeviceMemoryError(
+                        "generate: expected memory for at least one sequence at a time, got none "
+                        f"beside {self.cache.num_pages} pages of {self.cache.page_size} tokens; "
+                        "lower num_pages, max_new_tokens or the length of prompts, or free memory "
+                        "on the device") from error
+            scheduler = self.scheduler
+            scheduler.max_batch_size = max(1, min(
+                scheduler.max_batch_size, len(scheduler.running)) // 2)
+            scheduler.max_prefill_tokens = max(1, scheduler.max_prefill_tokens // 2)
+
+    def _restart(self) -> None:
+        """Begin again after a step that did not end, with fewer pages: the same responses."""
+        while self._unread:
+            self._read(self._unread.popleft())
+        self.scheduler.restart()
+        if self.graphs is None or self.cache.arena.keeps_addresses:
+            least = max(pages_for(r.max_cached_tokens, self.cache.page_size) for r in self.requests)
+            self.cache.shrink(max(least, self.cache.num_pages // 2))
+        self._batch = self._new_rows([])
+        logger.warning("generate: no memory for a pass; going on with at most %d sequences at a "
+                       "time and %d pages, responses are the same", self.scheduler.max_batch_size,
+                       self.cache.num_pages)
+
+    def _advance(self) -> None:
+        """One step that may fail."""
         admission = self.scheduler.admit(self._step)
         with self._weights.in_use():
             if admission.started:
@@ -97,15 +147,18 @@ class Generation:
                 self._decode()
         while len(self._unread) > self._rounds_behind:
             self._read(self._unread.popleft())
+        self._compact()
 
     def cancel(self, requests: Iterable[Request]) -> None:
         """End requests that have not ended; what they have stays."""
-        self._read_all()
+        while self._unread:
+            self._read(self._unread.popleft())
         ending = [request for request in requests if request.finish_reason is None]
         for request in ending:
             self._end(request, request.num_tokens, "cancelled")
         self.scheduler.finish(ending)
-        self._compact()
+        if not self.is_finished:
+            self._compact()
 
     def forget(self) -> None:
         """Drop what comes from old weights; sequences go on from the tokens that they have."""
@@ -228,6 +281,7 @@ class Generation:
         """Know all that the device has done."""
         while self._unread:
             self._read(self._unread.popleft())
+        self._compact()
 
     def _read(self, flags: Flags) -> None:
         """Count tokens, read text, and take finished sequences out of the batch."""
@@ -243,9 +297,7 @@ class Generation:
             if not is_alive:
                 self._end(request, count, "stop" if has_stopped else "length")
                 ending.append(request)
-        if ending:
-            self.scheduler.finish(ending)
-            self._compact()
+        self.scheduler.finish(ending)
 
     def _end(self, request: Request, num_tokens: int, reason: str) -> None:
         request.finish_reason = reason

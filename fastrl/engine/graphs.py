@@ -27,6 +27,7 @@ from fastrl.errors import ConfigError
 from fastrl.models import CausalLM
 from fastrl.ops import kv_cache, sampling
 from fastrl.ops.paged_attention import PREFERENCE as PAGED_PREFERENCE
+from fastrl.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger("fastrl")
 
@@ -238,6 +239,8 @@ class StepGraphs:
         try:
             return self._capture(warm_up, decode)
         except RuntimeError as error:  # of an op that waits for the device
+            if is_out_of_memory(error):
+                raise
             reason = f"a step cannot be captured: {str(error).splitlines()[0]}"
             if self._is_required:
                 raise ConfigError(f"cuda_graphs: {reason}; set cuda_graphs to auto or off") \

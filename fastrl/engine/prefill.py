@@ -43,7 +43,7 @@ def compute_prompts(
         cache.kv_pages, send(page_table, device),
         send(F.pad(slots, (0, num_dummies), value=-1), device), send(bounds, device),
         upload([*lengths, 0], device), max(*lengths, num_dummies), max(lengths),
-        PagedPlan(slots_are_finite=True, is_exact=is_exact))
+        PagedPlan(slots_are_finite=cache.slots_are_finite, is_exact=is_exact))
     hidden = model(send(F.pad(token_ids, (0, num_dummies)), device),
                    send(F.pad(positions, (0, num_dummies)), device), attention)
     last: Tensor = hidden.index_select(0, send(bounds[1:-1] - 1, device))

@@ -54,8 +54,12 @@ class Scheduler:
             request.place = place
         self.running: list[Request] = []
         """Oldest first; the order of the decode batch."""
+        self.max_batch_size = config.max_batch_size
+        """Requests that run at a time."""
+        self.max_prefill_tokens = config.max_prefill_tokens or MAX_PREFILL_TOKENS.get(
+            cache.kv_pages.device.type, MAX_PREFILL_TOKENS["cuda"])
+        """Prompt tokens that start together; a longer prompt starts alone."""
         self._cache = cache
-        self._config = config
         self._computed: list[SharedPrompt] = []
         self._growth = 0  # pages that running requests may still ask for
         # Requests by the remainder of the decode steps at which they need a page, oldest first.
@@ -64,12 +68,10 @@ class Scheduler:
     def admit(self, step: int) -> Admission:
         """Start what fits; `step` is the decode step that follows."""
         admission, num_tokens = Admission(), 0
-        budget = self._config.max_prefill_tokens or MAX_PREFILL_TOKENS.get(
-            self._cache.kv_pages.device.type, MAX_PREFILL_TOKENS["cuda"])
-        while self.waiting and len(self.running) < self._config.max_batch_size:
+        while self.waiting and len(self.running) < self.max_batch_size:
             request = self.waiting[0]
             to_compute = 0 if request.prompt.pages else len(request.prompt.token_ids)
-            if num_tokens and num_tokens + to_compute > budget:
+            if num_tokens and num_tokens + to_compute > self.max_prefill_tokens:
                 break
             if not self._fits(request):
                 if self.running or not self._drop_prompts():
@@ -153,7 +155,10 @@ class Scheduler:
 
     def _preempt(self, request: Request, step: int) -> None:
         """Take its pages; it starts again when there is room. Its tokens stay as they are."""
-        request.num_recorded = max(request.num_recorded, step - request.started + 1)
+        self._requeue(request, step - request.started + 1)
+
+    def _requeue(self, request: Request, num_recorded: int) -> None:
+        request.num_recorded = max(request.num_recorded, num_recorded)
         self._stop(request)
         request.prompt.num_waiting += 1
         self.waiting.appendleft(request)
@@ -189,6 +194,12 @@ class Scheduler:
         """Preempt everything and drop every computed prompt: the weights have changed."""
         for request in reversed(list(self.running)):
             self._preempt(request, step)
+        self._drop_prompts()
+
+    def restart(self) -> None:
+        """Preempt everything after a step that did not end: tokens that the host has seen stay."""
+        for request in reversed(list(self.running)):
+            self._requeue(request, request.num_tokens)
         self._drop_prompts()
 
     def _drop_prompts(self) -> bool:

@@ -53,7 +53,9 @@ class DeviceStep:
         attention = PagedAttention(
             self._cache.kv_pages, batch.page_table, slots,
             torch.arange(len(slots) + 1, device=slots.device), positions + batch.alive, 1,
-            max_kv_len, PagedPlan(slots_are_finite=True, is_exact=self._is_exact), prefixes)
+            max_kv_len,
+            PagedPlan(slots_are_finite=self._cache.slots_are_finite, is_exact=self._is_exact),
+            prefixes)
         hidden = self._model(batch.token_ids, positions, attention)
         self.draw(hidden, batch, settings, recent, replays=replays)
 

@@ -209,6 +209,7 @@ class PPOTrainer:
                 seed=derive_seed(config.seed, "rollout", self.iteration),
                 num_samples_per_prompt=config.num_samples_per_prompt,
             )
+            self.engine.release_memory()
 
         # evaluate
         with self._phase(timer, "scoring", "policy"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastrl.engine.cache import KVCache, pages_for
+from fastrl.engine.cache import KVCache, new_cache, pages_for
 from fastrl.errors import ConfigError
 from fastrl.models import ModelSpec
 
@@ -40,7 +40,7 @@ def test_a_page_is_free_when_its_last_holder_releases_it() -> None:
 
 def test_a_cache_that_does_not_fit_names_its_size() -> None:
     with pytest.raises(ConfigError, match=r"num_pages: .* of cpu, got 1000000000000000 pages"):
-        _cache(num_pages=10**15)
+        new_cache(SPEC, 10**15, 10**15, 4, torch.float32, torch.device("cpu"))
 
 
 def test_misuse_is_caught() -> None:

@@ -36,6 +36,9 @@ ROOT = Path(__file__).resolve().parents[2]
 OPS = {"adamw", "copy_pages", "gae", "gather_logprobs", "gather_logprobs_gradient",
        "grad_norm_merge", "grad_norm_parts", "kl_estimate", "kl_gradient", "sample_tokens",
        "shape_rewards", "write_kv"}
+ARENA_OPS = {"arena_bytes", "arena_free", "arena_granularity", "arena_map", "arena_reserve",
+             "arena_unmap"}
+"""On addresses, without a kernel; tests/memory/test_arena.py runs them."""
 
 
 @pytest.fixture(scope="module")
@@ -525,7 +528,7 @@ def compiled_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (adamw, gae, grad_norm, kl, kv_cache, logprob, rewards, sampling):
         monkeypatch.setattr(module, "compiled_ops", lambda: torch.ops.fastrl_schemas)
         monkeypatch.setattr(module, "stream_of", lambda tensor: 0)
-    assert len(schemas) == len(OPS)
+    assert len(schemas) == len(OPS | ARENA_OPS)
     yield
     library._destroy()
 
@@ -676,17 +679,21 @@ def test_the_extension_imports_and_registers_without_a_gpu(build: SimpleNamespac
 import importlib.util, torch
 spec = importlib.util.spec_from_file_location("fastrl_kernels._C", {str(build.library)!r})
 importlib.util.module_from_spec(spec)
-for name in {sorted(OPS)!r}:
+for name in {sorted(OPS | ARENA_OPS)!r}:
     print(getattr(torch.ops.fastrl_cuda, name).default._schema)
 x = torch.zeros(1, 1)
 try:
     torch.ops.fastrl_cuda.gae(x, x, None, None, 1.0, 1.0, x, x, None, 0)
 except NotImplementedError:
     print("refused")
+try:
+    torch.ops.fastrl_cuda.arena_granularity(0)
+except RuntimeError as error:
+    print(error)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    assert out.stdout.count("fastrl_cuda::") == len(OPS) and "refused" in out.stdout
+    assert out.stdout.count("fastrl_cuda::") == len(OPS | ARENA_OPS) and "refused" in out.stdout
 
 
 def test_the_extension_links_no_cuda_library(build: SimpleNamespace) -> None:

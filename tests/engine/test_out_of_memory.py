@@ -1,0 +1,185 @@
+"""Allocations that fail in a rollout: fewer pages and sequences at a time, the same responses."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastrl.config import EngineConfig, SamplingConfig
+from fastrl.engine import Engine
+from fastrl.engine.cache import KVCache
+from fastrl.errors import ConfigError, DeviceMemoryError
+from fastrl.memory.arena import Arena
+from fastrl.models import CausalLM, DecoderConfig, new_decoder
+from fastrl.types import Rollout
+
+CONFIG = DecoderConfig(
+    family="qwen2", vocab_size=32, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2,
+    num_kv_heads=1, head_dim=8, rotary_dim=8, max_positions=64, initializer_range=0.5)
+PROMPTS = [[3, 9, 4], [7, 1], [5, 5, 5, 5]]
+SAMPLING = SamplingConfig(max_new_tokens=4, stop_token_ids=(1, 2))
+FIELDS = ("token_ids", "cu_seqlens", "response_ids", "response_mask", "rollout_logprobs",
+          "entropy")
+
+
+class FailingAllocations(TorchDispatchMode):
+    """Raises torch.OutOfMemoryError from inside the ops that take new memory, numbered from 0."""
+
+    def __init__(self, fails: Callable[[int], bool]) -> None:
+        super().__init__()
+        self.count = 0
+        self._fails = fails
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs or {}))
+                 if isinstance(x, torch.Tensor)}
+        if any(isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given
+               for x in tree_leaves(out)):
+            number, self.count = self.count, self.count + 1
+            if self._fails(number):
+                raise torch.OutOfMemoryError(f"allocation {number}, of {func}")
+        return out
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    return new_decoder(CONFIG, 3)
+
+
+def _generate(model: CausalLM, **sizes: Any) -> Rollout:
+    return Engine(model, EngineConfig(**sizes)).generate(
+        PROMPTS, SAMPLING, seed=2, num_samples_per_prompt=2)
+
+
+def _assert_same_bits(a: Rollout, b: Rollout) -> None:
+    assert a.finish_reasons == b.finish_reasons
+    for name in FIELDS:
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+SIZES = {"roomy": {}, "short": {"num_pages": 8, "page_size": 4, "max_batch_size": 3,
+                                "sync_every": 2}}
+
+
+def _failures(model: CausalLM, sizes: dict[str, Any], stride: int) -> None:
+    """One allocation in `stride` fails, each in a call of its own; responses keep their bits."""
+    expected = _generate(model, **sizes)
+    with FailingAllocations(lambda number: False) as seeds:  # numbers of the host, 8 bytes each
+        Engine(model)._requests(PROMPTS, SAMPLING, 2, 2, 0)
+    with FailingAllocations(lambda number: False) as counted:
+        _generate(model, **sizes)
+    assert counted.count > 1000
+    for n in sorted({*range(seeds.count, counted.count, stride), counted.count - 20}):
+        with FailingAllocations(lambda number, n=n: number == n) as failing:
+            got = _generate(model, **sizes)
+        assert failing.count > n
+        _assert_same_bits(expected, got)
+
+
+@pytest.mark.parametrize("kind, stride", [("roomy", 83), ("short", 191)])
+def test_allocations_of_a_call_may_fail(
+    model: CausalLM, kind: str, stride: int, pages_checked_after_every_step: None
+) -> None:
+    _failures(model, SIZES[kind], stride)
+
+
+@pytest.mark.slow  # minutes: some 4000 calls
+@pytest.mark.parametrize("kind", SIZES)
+def test_every_allocation_of_a_call_may_fail(
+    model: CausalLM, kind: str, pages_checked_after_every_step: None
+) -> None:
+    _failures(model, SIZES[kind], 1)
+
+
+def test_what_was_lowered_stays_lowered(
+    model: CausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine(model)
+    expected = engine.generate(PROMPTS, SAMPLING, seed=2, num_samples_per_prompt=2)
+    with FailingAllocations(lambda number: number == 700):
+        engine.generate(PROMPTS, SAMPLING, seed=2, num_samples_per_prompt=2)
+    lines = [r.message for r in caplog.records if "no memory for a pass" in r.message]
+    assert len(lines) == 1 and "at most 3 sequences at a time and 3 pages" in lines[0]
+    assert engine._max_batch_size == 3 and engine._idle_cache is not None
+    assert engine._idle_cache.num_pages == 3
+    _assert_same_bits(expected, engine.generate(PROMPTS, SAMPLING, seed=2,
+                                                num_samples_per_prompt=2))
+    assert engine._idle_cache is not None and engine._idle_cache.num_pages == 3
+
+
+def test_memory_that_is_always_short_is_an_error_that_says_what_to_do(model: CausalLM) -> None:
+    engine = Engine(model)
+    with (FailingAllocations(lambda number: number > 600),
+          pytest.raises(DeviceMemoryError, match="at least one sequence at a time, got none beside "
+                                                 "1 pages .* lower num_pages, max_new_tokens")):
+        engine.generate(PROMPTS, SAMPLING)
+
+
+def _memory_for(monkeypatch: pytest.MonkeyPatch, num_pages: int) -> list[int]:
+    """Every arena refuses to map more than `num_pages` pages of the model; sizes asked for."""
+    asked, mapped = [], Arena.map
+
+    def short(self: Arena, num_bytes: int | None = None) -> None:
+        size = self.num_bytes if num_bytes is None else num_bytes
+        if not self.is_mapped:
+            asked.append(size)
+            if size > num_pages * PAGE_BYTES:
+                raise torch.OutOfMemoryError(f"arena: no {size} bytes")
+        mapped(self, num_bytes)
+
+    monkeypatch.setattr(Arena, "map", short)
+    return asked
+
+
+PAGE_BYTES = 2 * 4 * 8 * 4  # keys and values of 4 tokens, 8 channels, float32
+
+
+def test_pages_are_halved_until_there_is_memory(
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = _generate(model, page_size=4)
+    asked = _memory_for(monkeypatch, 4)
+    engine = Engine(model, EngineConfig(page_size=4))
+    for _ in range(2):
+        _assert_same_bits(expected, engine.generate(PROMPTS, SAMPLING, seed=2,
+                                                    num_samples_per_prompt=2))
+        engine.release_memory()
+    assert [size // PAGE_BYTES for size in asked] == [12, 6, 3, 3]
+    lines = [r.message for r in caplog.records if "num_pages: no memory" in r.message]
+    assert len(lines) == 1 and "for 12 pages of 4 tokens; going on with 3" in lines[0]
+
+
+def test_no_memory_for_one_sequence_is_an_error_with_the_size(
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _memory_for(monkeypatch, 1)
+    with pytest.raises(ConfigError, match="num_pages: .* got 2 pages of 4 tokens, 0.0 GiB; lower"):
+        _generate(model, page_size=4)
+
+
+def test_released_memory_is_back_at_the_same_addresses(model: CausalLM) -> None:
+    engine = Engine(model)
+    expected = engine.generate(PROMPTS, SAMPLING, seed=2)
+    cache = engine._idle_cache
+    assert cache is not None and cache.kv_pages.any()
+    address = cache.kv_pages.data_ptr()
+    for release in (engine.release_memory, engine.weights_changed):
+        release()
+        assert not cache.arena.is_mapped
+        _assert_same_bits(expected, engine.generate(PROMPTS, SAMPLING, seed=2))
+        assert engine._idle_cache is cache and cache.kv_pages.data_ptr() == address
+
+
+def test_a_cache_in_use_keeps_its_memory() -> None:
+    cache = KVCache(new_decoder(CONFIG, 3).spec, 4, 4, torch.float32, torch.device("cpu"))
+    pages = cache.allocate(1)
+    with pytest.raises(AssertionError, match="pages are in use"):
+        cache.unmap()
+    cache.release(pages)
+    cache.shrink(2)
+    assert cache.num_pages == cache.num_free == 2 and cache.has_shrunk
+    assert len(cache.kv_pages) == 4
