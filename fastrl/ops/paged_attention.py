@@ -89,6 +89,8 @@ class PagedPlan:
     without others beside them, up to half more time."""
     groups: list[PagedGroup] | None = None
     """Of the torch path."""
+    is_one_group: bool = False
+    """There is one group, of all rows in their order."""
     tables: dict[str, Tensor] = field(default_factory=dict)
     """Of flash_attn: lengths and pages as it takes them."""
 
@@ -313,15 +315,28 @@ def _paged_attention_torch(
     if plan.groups is None:
         plan.groups = list(_groups(query, kv_pages, page_table, kv_lens, cu_seqlens_q,
                                    max_seqlen_q, plan))
+        every_row = torch.arange(len(query), device=query.device)
+        plan.is_one_group = (len(plan.groups) == 1
+                             and torch.equal(plan.groups[0].rows_q, every_row))
+    if plan.is_one_group:
+        return _attend_group(query, kv_pages, layer, plan.groups[0], scale, window)
     out = torch.zeros_like(query)
     for group in plan.groups:
         chunk = query.index_select(0, group.rows_q)
-        chunk = chunk.view(-1, group.length_q, *query.shape[1:])  # [b, q, Hq, C]
-        key, value = _gather(kv_pages, layer, group)
-        attend = _attend_prompt if group.is_prompt else _attend_last
-        attended = attend(chunk, key, value, group, scale, window)
-        out.index_copy_(0, group.rows_q, attended.flatten(0, 1))
+        out.index_copy_(0, group.rows_q,
+                        _attend_group(chunk, kv_pages, layer, group, scale, window))
     return out
+
+
+def _attend_group(
+    query: Tensor, kv_pages: Tensor, layer: int, group: PagedGroup, scale: float,
+    window: int | None,
+) -> Tensor:
+    """[b * q, Hq, C] from the query rows [b * q, Hq, C] of a group."""
+    query = query.view(-1, group.length_q, *query.shape[1:])  # [b, q, Hq, C]
+    key, value = _gather(kv_pages, layer, group)
+    attend = _attend_prompt if group.is_prompt else _attend_last
+    return attend(query, key, value, group, scale, window).flatten(0, 1)
 
 
 def _groups(

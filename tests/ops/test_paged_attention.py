@@ -264,6 +264,15 @@ def test_reading_in_place_gives_the_bits_of_a_copy(channels: int, window: int | 
     assert all((group.in_place is None) == (channels == 5) for group in plan.groups)
 
 
+@pytest.mark.parametrize(("pages", "is_one_group"), [([0, 2, 4], True), ([4, 2, 0], False)])
+def test_one_group_of_all_rows_needs_them_in_order(pages: list[int], is_one_group: bool) -> None:
+    inputs, plan = _one_page_each([40, 33, 38], pages), PagedPlan(slots_are_finite=True)
+    out = paged_attention(**inputs, plan=plan)
+    assert plan.groups is not None and len(plan.groups) == 1
+    assert plan.is_one_group == is_one_group
+    torch.testing.assert_close(out, paged_attention_reference(**inputs))
+
+
 def test_prompts_are_read_in_place() -> None:
     inputs = _one_page_each([9, 9, 40], [3, 1, 2])
     inputs |= {"query": torch.randn(58, 4, 8), "cu_seqlens_q": torch.tensor([0, 9, 18, 58]),
