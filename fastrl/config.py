@@ -306,7 +306,8 @@ class PPOConfig(TrainConfig):
     learning_rate: float = 2.55e-6
     """Peak learning rate of the policy; paper: a scan of 2.55e-6 to 2.55e-5."""
     critic_learning_rate: float = 9e-6
-    """Peak learning rate of the critic; paper: 9e-6."""
+    """Peak learning rate of the critic; paper: 9e-6. With `critic_trunk: policy` it is used in the
+    critic's warmup iterations only: the joint step has the policy's."""
     adam_epsilon: float = 1e-5
     """Added to the root of the second moment; 1e-5 in RL code of this family."""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -316,7 +317,7 @@ class PPOConfig(TrainConfig):
     max_grad_norm: float | None = 1.0
     """Clip norm of the policy's gradient."""
     critic_max_grad_norm: float | None = 1.0
-    """Clip norm of the critic's gradient."""
+    """Clip norm of the critic's gradient, in the steps that have `critic_learning_rate`."""
     num_iterations: int = 500
     """Rollouts to make; paper: 256k episodes / 512 = 500."""
     rollout_batch_size: int = 512
@@ -333,6 +334,9 @@ class PPOConfig(TrainConfig):
     """Sizes of the rollout engine."""
     max_prompt_tokens: int = 1024
     """Longer prompts are dropped and counted; paper: 1024."""
+    reference: Literal["copy", "none"] = "copy"
+    """KL is measured against a frozen copy; none: no reference is loaded and nothing is measured,
+    with `kl_coef` 0."""
     kl_coef: float = 0.02
     """beta, weight of the per-token KL penalty, in units of the reward; paper: 0.02."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
@@ -352,7 +356,8 @@ class PPOConfig(TrainConfig):
     value_clip_range: float | None = 0.2
     """Clip range of the value change; None: no clipping."""
     value_coef: float = 1.0
-    """Weight of the value loss (own optimiser, so it scales the critic's gradient only)."""
+    """Weight of the value loss. A critic with an optimiser of its own is only scaled by it; with
+    `critic_trunk: policy` it weighs the value loss against the policy loss."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus in the policy loss."""
     whiten_rewards: bool = False
@@ -365,8 +370,12 @@ class PPOConfig(TrainConfig):
     """Score of a response that did not stop, in place of the model's; None: off."""
     critic_init: Literal["reward", "policy"] = "reward"
     """The critic starts from the reward model, or from the policy with a zero head."""
+    critic_trunk: Literal["own", "reward", "policy"] = "own"
+    """What is under the value head: own: a copy of what `critic_init` names, trained whole; reward:
+    the reward model's frozen trunk, shared, and the head alone is trained; policy: the policy's
+    trunk, shared, and one step trains both (with `critic_init: policy`)."""
     num_critic_warmup_iterations: int = 0
-    """First iterations that train the critic only."""
+    """First iterations that train the critic only; of a critic on a shared trunk the head."""
     max_approx_kl: float | None = None
     """Skip the rest of an iteration's update once approximate KL passes this; None: never."""
     max_kl: float | None = None
@@ -416,6 +425,17 @@ class PPOConfig(TrainConfig):
               "num_samples_per_prompt",
               f"a divisor of rollout_batch_size ({self.rollout_batch_size})",
               self.num_samples_per_prompt)
+        check(self.reference in ("copy", "none"), "reference", "'copy' or 'none'", self.reference)
+        check(self.critic_trunk in ("own", "reward", "policy"), "critic_trunk",
+              "'own', 'reward' or 'policy'", self.critic_trunk)
+        if self.reference == "none":
+            check(self.kl_coef == 0, "kl_coef", "0, because reference is 'none'", self.kl_coef)
+            check(self.kl_controller == "fixed", "kl_controller",
+                  "'fixed', because reference is 'none'", self.kl_controller)
+            check(self.max_kl is None, "max_kl", "None, because reference is 'none'", self.max_kl)
+        check(self.critic_trunk in ("own", self.critic_init), "critic_init",
+              f"{self.critic_trunk!r}, because critic_trunk is {self.critic_trunk!r}: the critic "
+              f"cannot start from other weights than those it shares", self.critic_init)
         check(not self.sampling.is_truncated or self.sampling.logprobs == "raw", "sampling",
               "plain sampling (no top_k, top_p, min_p, penalty, min_new_tokens or greedy): "
               "truncated samples cannot have ratio 1 in the update; to use them all the same set "

@@ -90,7 +90,7 @@ GLOSSARY: dict[str, Term] = {
         ("TRL: objective/rlhf_reward", "OpenRLHF: return", "verl: critic/rewards/mean")),
     "kl/policy_ref": Term(
         "How far the policy moved from the reference, in nats per response (k1, summed over "
-        "tokens); it is 0 before the first step.",
+        "tokens); it is 0 before the first step, and absent without a reference.",
         ("TRL: objective/kl", "OpenRLHF: kl")),
     "kl/policy_ref_k3": Term("The same distance by an estimator that is never negative (k3)."),
     "kl/coef": Term("The price of one nat of KL (beta), in units of the reward.",

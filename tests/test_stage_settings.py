@@ -147,12 +147,26 @@ def test_ppo_gets_its_files_and_models(place, monkeypatch):
     for model, name in ((policy, "model"), (reference, "other")):
         assert torch.equal(model.lm_head.weight, load_causal_lm(place / name).lm_head.weight)
     assert torch.equal(critic.head.weight, scorer.model.head.weight)
+    assert critic.backbone is not scorer.model.backbone
     assert [prompt.text for prompt in others["eval_prompts"]] == ["owl likes", "bear eats"]
     assert len(train) == 6 and {prompt.source for prompt in train} == {"a"}
     texts = {name: load_encoder(place / "model").decode(others[name][0].token_ids)
              for name in ("ptx", "eval_ptx")}
     assert "fox" in texts["ptx"] and "owl" in texts["eval_ptx"]
     assert len(others["ptx"][0].token_ids) == 9 and others["encoder"] is not None
+
+
+@pytest.mark.parametrize("trunk", ["reward", "policy"])
+def test_ppo_without_a_reference_and_with_a_shared_trunk(place, monkeypatch, trunk):
+    config = PPORun(
+        **names(place, model_name_or_path="model", reward_model="judge"), reference="none",
+        kl_coef=0.0, critic_trunk=trunk, critic_init=trunk,
+        prompts=(str(place / "prompts.jsonl"),))
+    (_, policy, reference, critic, scorer, _), _ = caught(monkeypatch, "PPOTrainer", "ppo", config)
+    assert reference is None
+    assert critic.backbone is (policy if trunk == "policy" else scorer.model).backbone
+    assert critic.head.weight is not scorer.model.head.weight
+    assert critic.head.weight.requires_grad
 
 
 def test_selection_and_evaluation_use_as_much_as_they_are_told(place, monkeypatch):

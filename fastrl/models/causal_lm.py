@@ -58,17 +58,19 @@ class ScalarModel(nn.Module):
 
 
 def scalar_from_causal(
-    model: CausalLM, seed: int, init: Literal["normal", "zero"] = "normal"
+    model: CausalLM, seed: int, init: Literal["normal", "zero"] = "normal", *,
+    copies_trunk: bool = True,
 ) -> ScalarModel:
-    """A scalar model on a copy of a language model's trunk.
+    """A scalar model on a copy of a language model's trunk, or on the trunk itself.
 
     Args:
-        model: Left as it is; the copy shares no memory with it.
+        model: Left as it is.
         seed: Of the new head.
         init: `normal` draws the head from N(0, 1/(D+1)), `zero` starts from 0.
+        copies_trunk: The result shares no memory with `model`; else the trunk is one and the same.
     Source: Stiennon et al. 2020 (arXiv 2009.01325), code: standard deviation 1/sqrt(D+1).
     """
-    backbone = copy.deepcopy(model.backbone)
+    backbone = copy.deepcopy(model.backbone) if copies_trunk else model.backbone
     weight = torch.zeros(model.spec.hidden_size)
     if init == "normal":
         generator = torch.Generator().manual_seed(seed)

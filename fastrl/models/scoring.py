@@ -6,6 +6,7 @@ rounding. B sequences, T response tokens, N packed tokens.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fastrl.checks import check_resident
 from fastrl.models.attention import PackedAttention
 from fastrl.models.causal_lm import CausalLM, ScalarModel
+from fastrl.models.heads import ScalarHead
 from fastrl.ops import linear_logprobs
 from fastrl.packing import (
     PackedBatch,
@@ -38,7 +40,7 @@ def inference(model: nn.Module) -> Iterator[torch.device]:
 
 
 def _passes(
-    model: CausalLM | ScalarModel, sequences: Sequence[Sequence[int]],
+    model: nn.Module, sequences: Sequence[Sequence[int]],
     prompt_lens: Sequence[int] | None, max_tokens: int, share_prefix: bool,
 ) -> Iterator[tuple[list[int], PackedBatch, Tensor]]:
     """Microbatches: which sequences, how they are packed, and what the model gives for each token.
@@ -56,6 +58,17 @@ def _passes(
         yield rows, batch, model(batch.token_ids, batch.positions, PackedAttention.of(batch))
 
 
+def _responses(
+    rollout: Rollout, group: list[int], batch: PackedBatch
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """Where the M response tokens of a microbatch lie in [B, T]; the rows before them and theirs,
+    [M] each."""
+    rows, targets = predict_rows(batch.is_response, batch)
+    members = torch.tensor(group, device=rows.device)
+    places, times = rollout.response_mask.to(rows.device)[members].nonzero(as_tuple=True)
+    return (members[places], times), rows, targets
+
+
 def _response_passes(
     model: CausalLM | ScalarModel, rollout: Rollout, max_tokens: int, share_prefix: bool
 ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor, Tensor]]:
@@ -67,10 +80,8 @@ def _response_passes(
     """
     for group, batch, output in _passes(model, _sequences(rollout), rollout.prompt_lens.tolist(),
                                         max_tokens, share_prefix):
-        rows, targets = predict_rows(batch.is_response, batch)
-        members = torch.tensor(group, device=output.device)
-        places, times = rollout.response_mask.to(output.device)[members].nonzero(as_tuple=True)
-        yield (members[places], times), batch.token_ids[targets], output[rows]
+        where, rows, targets = _responses(rollout, group, batch)
+        yield where, batch.token_ids[targets], output[rows]
 
 
 def _sequences(rollout: Rollout) -> list[list[int]]:
@@ -121,6 +132,53 @@ def response_values(
         for where, _, output in _response_passes(model, rollout, max_tokens, share_prefix):
             values[where] = output.float()
     return values
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkReading:
+    """What one pass of a trunk over a rollout gives to the heads on it."""
+
+    values: Tensor
+    """[B, T] float32, as `response_values` gives them."""
+    scores: Tensor | None
+    """[B] float32, as `response_scores` gives them; None without a second head."""
+    states: list[Tensor] | None
+    """B tensors [T_i, D]: the hidden states that `values` were read from; None: not kept."""
+
+
+def read_trunk(
+    trunk: nn.Module, rollout: Rollout, max_tokens: int, *, value_head: ScalarHead,
+    score_head: ScalarHead | None = None, keeps_states: bool = False, share_prefix: bool = True,
+) -> TrunkReading:
+    """Values, and where asked for scores and hidden states, from one pass over the responses.
+
+    Args:
+        trunk: `(token_ids, positions, attention) -> [N, D]`.
+        rollout: B responses.
+        max_tokens: Tokens of one forward pass.
+        value_head: Read at the token before each response token.
+        score_head: Read at the last token of each sequence.
+        keeps_states: Keep the states that values are read from, D numbers per response token.
+        share_prefix: Encode the prompt of several responses once.
+    Returns:
+        No gradient anywhere.
+    """
+    with inference(trunk) as device:
+        values = torch.zeros(rollout.response_mask.shape, device=device)
+        scores = torch.zeros(rollout.batch_size, device=device)
+        states, lengths = dict[int, Tensor](), rollout.response_lens.tolist()
+        for group, batch, hidden in _passes(trunk, _sequences(rollout),
+                                            rollout.prompt_lens.tolist(), max_tokens, share_prefix):
+            where, rows, _ = _responses(rollout, group, batch)
+            read = hidden[rows]
+            values[where] = value_head(read).float()
+            if score_head is not None:
+                scores[group] = score_head(hidden[batch.ends]).float()
+            if keeps_states:
+                states |= zip(group, torch.split(read, [lengths[i] for i in group]),
+                              strict=True)
+    return TrunkReading(values, None if score_head is None else scores,
+                        [states[i] for i in range(len(lengths))] if keeps_states else None)
 
 
 def response_scores(

@@ -39,7 +39,7 @@ from fastrl.stages.samples import SAMPLING, AnsweringProgress
 from fastrl.trainers.common import Progress
 from fastrl.trainers.dpo import DPOTrainer
 from fastrl.trainers.ppo import PPOTrainer
-from fastrl.trainers.ppo_update import initial_critic
+from fastrl.trainers.ppo_trunks import initial_critic
 from fastrl.trainers.ppo_weights import AVERAGE_MODEL, LAST_MODEL
 from fastrl.trainers.reward import RewardTrainer
 from fastrl.trainers.sft import SFTTrainer, select_candidate
@@ -203,7 +203,8 @@ def ppo(run: PPORun, open_folder: OpenFolder, console: Console) -> None:
     windows = load_text_files(run.ptx_data, encoder, run.ptx_window_tokens)
     held_out_windows = load_text_files(run.eval_ptx_data, encoder, run.ptx_window_tokens)
     policy = load_policy(run.model_name_or_path, run, encoder)
-    reference = load_policy(run.reference_model or run.model_name_or_path, run, encoder)
+    reference = None if run.reference == "none" else load_policy(
+        run.reference_model or run.model_name_or_path, run, encoder)
     reward_model = load_reward_model(run.reward_model, run, encoder)
     critic = initial_critic(run, policy, reward_model)
     with open_folder() as folder:

@@ -21,10 +21,10 @@ from fastrl.engine import Engine
 from fastrl.exactness import exact_math
 from fastrl.exactness.sweep import warn_of_failures
 from fastrl.kl_control import make_kl_controller
-from fastrl.memory.residents import PARKABLE, Residents, tensors_of
+from fastrl.memory.residents import PARKABLE, Residents
 from fastrl.metrics import PhaseTimer, RunFolder
 from fastrl.models.causal_lm import CausalLM, ScalarModel
-from fastrl.models.scoring import response_logprobs, response_values
+from fastrl.models.scoring import response_logprobs
 from fastrl.ops import shape_rewards
 from fastrl.optim import AdamW, Schedule, clip_scale
 from fastrl.rewards import RewardModelScorer, Scorer, TextDecoder, adjust_scores, decode_response
@@ -50,6 +50,13 @@ from fastrl.trainers.ppo_checks import (
     check_update_finite,
     fit_prompts,
     warn_if_none_stopped,
+)
+from fastrl.trainers.ppo_trunks import (
+    SCORING_PARTS,
+    check_trunk,
+    critic_weights,
+    read_critic,
+    resident_parts,
 )
 from fastrl.trainers.ppo_update import (
     PPOBatch,
@@ -79,7 +86,8 @@ class PPOTrainer:
         config: Settings; the paper's values are the defaults.
         policy: Trained in place; the engine samples from these same weights.
         reference: Frozen; KL is measured against it. It must not share weights with the policy.
-        critic: Trained in place; see `fastrl.trainers.ppo_update.initial_critic`.
+            None where `config.reference` is "none".
+        critic: Trained in place; see `fastrl.trainers.ppo_trunks.initial_critic`.
         scorer: `scorer(rollout) -> [B]`, one score per response.
         prompts: Drawn by seeded permutations, each prompt once per pass.
         eval_prompts: Held-out prompts; none: no evaluation and no best weights.
@@ -97,7 +105,7 @@ class PPOTrainer:
         self,
         config: PPOConfig,
         policy: CausalLM,
-        reference: CausalLM,
+        reference: CausalLM | None,
         critic: ScalarModel,
         scorer: Scorer,
         prompts: Sequence[Prompt],
@@ -108,12 +116,15 @@ class PPOTrainer:
         run: RunFolder | None = None,
         encoder: TextDecoder | None = None,
     ) -> None:
-        models: dict[str, CausalLM | ScalarModel] = {
-            "policy": policy, "reference": reference, "critic": critic}
+        models: dict[str, CausalLM | ScalarModel] = {"policy": policy, "critic": critic}
+        if reference is not None:
+            models["reference"] = reference.eval().requires_grad_(False)
         if isinstance(scorer, RewardModelScorer):
             models["reward model"] = scorer.model
-        check_models(models)
-        check_settings(config, policy, ptx)
+        own_weights = critic_weights(config, critic)
+        check_trunk(config, policy, critic, scorer)
+        check_models(models, own_weights)
+        check_settings(config, policy, reference, ptx)
         self.prompts = fit_prompts(prompts, config, models, "prompts")
         self.num_dropped_prompts = len(prompts) - len(self.prompts)
         held_out = fit_prompts(eval_prompts, config, models, "eval_prompts") if eval_prompts else []
@@ -121,21 +132,22 @@ class PPOTrainer:
         self.config, self.scorer, self.ptx, self.eval_ptx = config, scorer, ptx, eval_ptx
         self.run, self.encoder = run, encoder
         self.policy, self.critic = policy.eval(), critic.eval()
-        self.reference = reference.eval().requires_grad_(False)
+        self.reference = reference
         for model in (policy, critic):
             prepare_backbone(model, config)
         self.engine = Engine(policy, config.engine, encoder=encoder)
         if config.engine.exact:
             warn_of_failures(policy)
         self.residents = Residents(
-            {name.replace(" ", "_"): partial(tensors_of, model) for name, model in models.items()},
+            resident_parts(config, models, critic),
             PARKABLE if config.parking == "on" else frozenset(),
             policy.lm_head.weight.device, folder=None if run is None else run.path)
         with self.residents.phase("policy_update"):
-            self.policy_optimizer = AdamW.from_config(policy.parameters(), config)
+            value_head = own_weights if config.critic_trunk == "policy" else ()
+            self.policy_optimizer = AdamW.from_config((*policy.parameters(), *value_head), config)
             self.weights = KeptWeights(policy, config)
         with self.residents.phase("critic_update"):
-            self.critic_optimizer = AdamW.from_config(critic.parameters(), config)
+            self.critic_optimizer = AdamW.from_config(own_weights, config)
         self.residents.parts |= {
             "policy_optimizer": lambda: self.policy_optimizer.state_dict().values(),
             "critic_optimizer": lambda: self.critic_optimizer.state_dict().values(),
@@ -214,13 +226,17 @@ class PPOTrainer:
         # evaluate
         with self._phase(timer, "scoring", "policy"):
             old_logprobs, gap_metrics = self._old_logprobs(rollout)
-        with self._phase(timer, "scoring", "reference"):
-            ref_logprobs = self._ref_logprobs(rollout)
-        with self._phase(timer, "scoring", "critic"):
-            values = response_values(self.critic, rollout, config.max_tokens_per_microbatch,
-                                     share_prefix=config.share_prefix)
-        with self._phase(timer, "scoring", "reward_model"):
-            raw_scores = self.scorer(rollout)
+        ref_logprobs = None
+        if self.reference is not None:
+            with self._phase(timer, "scoring", "reference"):
+                ref_logprobs = self._ref_logprobs(self.reference, rollout)
+        with self._phase(timer, "scoring", *SCORING_PARTS[config.critic_trunk]):
+            values, raw_scores, critic_states = read_critic(
+                config, self.critic, self.scorer, rollout,
+                trunk_stands_still=not self._trains_jointly)
+        if raw_scores is None:
+            with self._phase(timer, "scoring", "reward_model"):
+                raw_scores = self.scorer(rollout)
         check_rollout_finite(self.iteration, rollout, scores=raw_scores, old_logprobs=old_logprobs,
                              ref_logprobs=ref_logprobs, values=values)
 
@@ -229,9 +245,9 @@ class PPOTrainer:
         scores = adjust_scores(raw_scores, rollout.finish_reasons, clip=config.reward_clip,
                                missing_eos_penalty=config.missing_eos_penalty)
         rewards, kl_estimates = shape_rewards(
-            scores, old_logprobs, ref_logprobs, rollout.response_mask,
-            kl_coef=self.kl_controller.kl_coef, estimator=config.kl_estimator,
-            return_estimates=True)
+            scores, old_logprobs, old_logprobs if ref_logprobs is None else ref_logprobs,
+            rollout.response_mask, kl_coef=self.kl_controller.kl_coef,
+            estimator=config.kl_estimator, return_estimates=True)
 
         # advantages
         advantages, returns = gae(
@@ -242,15 +258,16 @@ class PPOTrainer:
         # update
         batch = PPOBatch(
             rollout=rollout, sequences=unpack_sequences(rollout), old_logprobs=old_logprobs,
-            ref_logprobs=ref_logprobs, kl_estimates=kl_estimates, values=values,
-            raw_scores=raw_scores, scores=scores, rewards=rewards, advantages=advantages,
-            returns=returns,
+            ref_logprobs=ref_logprobs, kl_estimates=None if ref_logprobs is None else kl_estimates,
+            values=values, raw_scores=raw_scores, scores=scores, rewards=rewards,
+            advantages=advantages, returns=returns, critic_states=critic_states,
         )
         metrics = batch_metrics(batch) | gap_metrics | self._coefficient_metrics(raw_scores)
-        if not self._is_past_kl_ceiling(metrics["kl/policy_ref"]):
+        kl = metrics.get("kl/policy_ref", 0.0)  # without a reference nothing follows from it
+        if not self._is_past_kl_ceiling(kl):
             metrics |= self._update(batch, timer)
             if self._trains_policy:
-                self.kl_controller.update(metrics["kl/policy_ref"], rollout.batch_size)
+                self.kl_controller.update(kl, rollout.batch_size)
 
         # publish
         with self.residents.phase("rollout"):
@@ -274,6 +291,11 @@ class PPOTrainer:
         """False in the first iterations, which are the critic's."""
         return self.iteration >= self.config.num_critic_warmup_iterations
 
+    @property
+    def _trains_jointly(self) -> bool:
+        """True when the policy's steps are also the critic's: a value head on the same trunk."""
+        return self.config.critic_trunk == "policy" and self._trains_policy
+
     def _old_logprobs(self, rollout: Rollout) -> tuple[Tensor, dict[str, float]]:
         """The rollout's own log-probs [B, T] while recomputed rows agree, else all recomputed."""
         config, old_logprobs = self.config, rollout.rollout_logprobs
@@ -287,15 +309,17 @@ class PPOTrainer:
         return old_logprobs, {"logprob/gap_max": gap,
                               "logprob/num_recomputed": float(self.num_recomputed)}
 
-    def _ref_logprobs(self, rollout: Rollout) -> Tensor:
+    def _ref_logprobs(self, reference: CausalLM, rollout: Rollout) -> Tensor:
         """Log-probs [B, T] of the frozen reference."""
-        logprobs, _ = response_logprobs(self.reference, rollout, self.config.sampling.temperature,
+        logprobs, _ = response_logprobs(reference, rollout, self.config.sampling.temperature,
                                         self.config.max_tokens_per_microbatch,
                                         share_prefix=self.config.share_prefix)
         return logprobs
 
     def _coefficient_metrics(self, raw_scores: Tensor) -> dict[str, float]:
         """beta, also in units of the scores' std under the policy that training started from."""
+        if self.reference is None:
+            return {}
         if self.score_std is None:
             self.score_std = float(raw_scores.std(correction=0))
         kl_coef = self.kl_controller.kl_coef
@@ -317,8 +341,9 @@ class PPOTrainer:
     def _update(self, batch: PPOBatch, timer: PhaseTimer) -> dict[str, float]:
         """Inner epochs x minibatches, one optimiser step each: the policy's, then the critic's.
 
-        The two models share nothing, so the numbers are those of steps in turns; but only one of
-        them is needed at a time. The critic sees as many minibatches as the policy learned from.
+        The two models share nothing that both train, so the numbers are those of steps in turns;
+        but only one of them is needed at a time. The critic sees as many minibatches as the policy
+        learned from. A critic on the policy's trunk learns in the policy's steps.
         """
         minibatches = list(self._minibatches(batch.rollout.batch_size))
         metrics: dict[str, float] = {}
@@ -326,8 +351,9 @@ class PPOTrainer:
             if self._trains_policy:
                 metrics, num_steps = self._update_policy(batch, minibatches)
                 minibatches = minibatches[:num_steps]
-        with self._phase(timer, "critic_update"):
-            metrics |= mean_by_name([self._step_critic(batch, rows) for rows in minibatches])
+        if not self._trains_jointly:
+            with self._phase(timer, "critic_update"):
+                metrics |= mean_by_name([self._step_critic(batch, rows) for rows in minibatches])
         return metrics | {"update/num_minibatches": float(len(minibatches))}
 
     def _update_policy(
@@ -336,7 +362,9 @@ class PPOTrainer:
         """Steps of the policy until approximate KL is too large; metrics, and how many steps."""
         config, done = self.config, list[dict[str, float]]()
         for number, rows in enumerate(minibatches):
-            metrics = backward_policy(self.policy, batch, rows, config, measures_ratio=number == 0)
+            metrics = backward_policy(
+                self.policy, batch, rows, config, measures_ratio=number == 0,
+                value_head=self.critic.head if self._trains_jointly else None)
             if config.max_approx_kl is not None and metrics["kl/approx"] > config.max_approx_kl:
                 self.policy_optimizer.zero_grad()
                 done.append({"kl/approx": metrics["kl/approx"]})
@@ -363,7 +391,7 @@ class PPOTrainer:
             result["loss/ptx"] = backward_token_loss(
                 self.policy, [self.ptx[i] for i in windows], config.max_tokens_per_microbatch,
                 weight=config.ptx_coef)
-        result["grad/policy_norm"], scale = clip_scale(self.policy.parameters(),
+        result["grad/policy_norm"], scale = clip_scale(self.policy_optimizer.parameters,
                                                        config.max_grad_norm)
         check_update_finite(self.iteration, rows, metrics | result)
         # The policy's warmup begins when the policy does, after the critic's own iterations.
@@ -376,7 +404,7 @@ class PPOTrainer:
     def _step_critic(self, batch: PPOBatch, rows: list[int]) -> dict[str, float]:
         """One optimiser step of the critic: its own gradient, clip norm and learning rate."""
         metrics = backward_critic(self.critic, batch, rows, self.config)
-        metrics["grad/critic_norm"], scale = clip_scale(self.critic.parameters(),
+        metrics["grad/critic_norm"], scale = clip_scale(self.critic_optimizer.parameters,
                                                         self.config.critic_max_grad_norm)
         check_update_finite(self.iteration, rows, metrics)
         learning_rate = self.critic_schedule(self.iteration)
@@ -409,8 +437,10 @@ class PPOTrainer:
                 rollout = self.engine.generate(
                     [p.token_ids for p in self.eval_prompts], config.sampling,
                     seed=derive_seed(config.seed, "eval"))
-            with phase("reference"):
-                ref_logprobs = self._ref_logprobs(rollout)
+            ref_logprobs = None
+            if self.reference is not None:
+                with phase("reference"):
+                    ref_logprobs = self._ref_logprobs(self.reference, rollout)
             with phase("reward_model"):
                 raw_scores = self.scorer(rollout)
             check_rollout_finite(self.iteration, rollout, scores=raw_scores,

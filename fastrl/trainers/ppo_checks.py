@@ -18,18 +18,24 @@ MAX_PADDING_ROWS = 512
 """Embedding rows that models of one tokenizer may differ by: sizes are often rounded up."""
 
 
-def check_models(models: Mapping[str, CausalLM | ScalarModel]) -> None:
+def check_models(
+    models: Mapping[str, CausalLM | ScalarModel], critic_weights: Sequence[Tensor]
+) -> None:
     """Refuse models that read other tokens than the policy, or share weights that are trained.
 
     Args:
-        models: By name: "policy", "reference", "critic", perhaps more scalar models.
+        models: By name: "policy", "critic", perhaps "reference" and more scalar models.
+        critic_weights: What the critic has to have alone: not the trunk that it may share.
     Raises:
         ModelError: when the vocabularies cannot belong to one tokenizer. Critic and reward model
             may have up to 512 more embedding rows than the policy.
         ConfigError: when a model holds a tensor that belongs to the policy or the critic.
     """
     vocab_size = models["policy"].spec.vocab_size
-    trained = {id(p): name for name in ("policy", "critic") for p in models[name].parameters()}
+    weights: dict[str, Sequence[Tensor]] = {
+        name: list(model.parameters()) for name, model in models.items()}
+    weights["critic"] = critic_weights
+    trained = {id(p): name for name in ("policy", "critic") for p in weights[name]}
     for name, model in models.items():
         spare_rows = 0 if name == "reference" else MAX_PADDING_ROWS
         if not 0 <= model.spec.vocab_size - vocab_size <= spare_rows:
@@ -37,7 +43,7 @@ def check_models(models: Mapping[str, CausalLM | ScalarModel]) -> None:
                 f"PPO: expected {name} and policy to read the same tokens, got vocabularies of "
                 f"{model.spec.vocab_size} and {vocab_size}; use models of one tokenizer"
             )
-        owner = next((trained[id(p)] for p in model.parameters() if id(p) in trained), name)
+        owner = next((trained[id(p)] for p in weights[name] if id(p) in trained), name)
         if owner != name:
             raise ConfigError(
                 f"PPO: expected {name} to have weights of its own, got those of the {owner}, which "
@@ -45,13 +51,22 @@ def check_models(models: Mapping[str, CausalLM | ScalarModel]) -> None:
             )
 
 
-def check_settings(config: PPOConfig, policy: CausalLM, ptx: Sequence[TokenExample]) -> None:
-    """Refuse settings that cannot work with this model and these data.
+def check_settings(
+    config: PPOConfig, policy: CausalLM, reference: CausalLM | None, ptx: Sequence[TokenExample]
+) -> None:
+    """Refuse settings that cannot work with these models and data.
 
     Raises:
-        ConfigError: when ptx is on without text, or no response could ever stop although responses
-            that do not stop get a penalty instead of their score.
+        ConfigError: when a reference is missing, or one is given for nothing; when ptx is on
+            without text, or no response could ever stop although responses that do not stop get a
+            penalty instead of their score.
     """
+    if (config.reference == "none") != (reference is None):
+        raise ConfigError(
+            f"reference: expected {'None' if config.reference == 'none' else 'a model'} for "
+            f"reference {config.reference!r}, got {'None' if reference is None else 'a model'}; "
+            f"pass the other, or change reference"
+        )
     if config.ptx_coef > 0 and (not ptx or round(config.ptx_ratio * config.minibatch_size) < 1):
         raise ConfigError(
             f"ptx_coef: expected pretraining windows for ptx_coef {config.ptx_coef}, got "
@@ -124,17 +139,21 @@ def warn_if_none_stopped(iteration: int, rollout: Rollout, config: PPOConfig) ->
         rollout.batch_size, config.sampling.max_new_tokens, config.missing_eos_penalty)
 
 
-def check_rollout_finite(iteration: int, rollout: Rollout, **quantities: Tensor) -> None:
+def check_rollout_finite(
+    iteration: int, rollout: Rollout, **quantities: Tensor | None
+) -> None:
     """Stop at the first response with a NaN or an infinity, before anything learns from it.
 
     Args:
         iteration: For the message.
         rollout: The responses, for the message.
-        quantities: Name -> [B] or [B, T] tensor.
+        quantities: Name -> [B] or [B, T] tensor; None is left out.
     Raises:
         NumericsError: names the iteration, the quantity and the response.
     """
     for name, tensor in quantities.items():
+        if tensor is None:
+            continue
         bad = ~torch.isfinite(tensor).reshape(len(tensor), -1).all(dim=1)
         if bad.any():
             row = int(bad.nonzero()[0])

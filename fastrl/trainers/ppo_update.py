@@ -1,6 +1,5 @@
 """What one PPO iteration learns from, the gradient of a minibatch, and the numbers to log."""
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastrl.config import PPOConfig
-from fastrl.errors import ConfigError
-from fastrl.models.causal_lm import CausalLM, ScalarModel, scalar_from_causal
+from fastrl.models.causal_lm import CausalLM, ScalarModel
+from fastrl.models.heads import ScalarHead
 from fastrl.ops import (
     PolicyStats,
     ValueStats,
@@ -35,10 +34,10 @@ class PPOBatch:
     """Token ids of every sequence, prompt and response."""
     old_logprobs: Tensor
     """[B, T], of the policy that the update starts from."""
-    ref_logprobs: Tensor
-    """[B, T], of the frozen reference."""
-    kl_estimates: tuple[Tensor, Tensor, Tensor]
-    """k1, k2, k3, [B, T] each, of KL(policy || reference)."""
+    ref_logprobs: Tensor | None
+    """[B, T], of the frozen reference; None without one."""
+    kl_estimates: tuple[Tensor, Tensor, Tensor] | None
+    """k1, k2, k3, [B, T] each, of KL(policy || reference); None without a reference."""
     values: Tensor
     """[B, T], of the critic, before each response token."""
     raw_scores: Tensor
@@ -51,6 +50,9 @@ class PPOBatch:
     """[B, T], whitened where the config says so."""
     returns: Tensor
     """[B, T], targets of the critic."""
+    critic_states: list[Tensor] | None = None
+    """B tensors [T_i, D] that `values` were read from, where the trunk under the critic is left
+    alone by its update."""
 
     @property
     def mask(self) -> Tensor:
@@ -96,8 +98,12 @@ def backward_policy(
     config: PPOConfig,
     *,
     measures_ratio: bool = False,
+    value_head: ScalarHead | None = None,
 ) -> dict[str, float]:
     """Add the gradient of the clipped policy loss of one minibatch to the policy.
+
+    With a value head on the policy's trunk the loss is policy loss + value_coef * value loss, both
+    from one forward pass; the gradient of the value loss reaches trunk and head.
 
     Every mean is over the response tokens of the whole minibatch, so that the split into
     microbatches does not change the gradient.
@@ -106,12 +112,14 @@ def backward_policy(
         rows: Responses of the minibatch.
         measures_ratio: Also compare the engine's log-probs with those of this very forward; True
             for the first minibatch of an iteration, where the weights are the engine's.
+        value_head: On the policy's trunk; None: the critic has an update of its own.
     Returns:
         Metrics of the minibatch, of the state before the optimiser step.
     """
     denominator = int(batch.rollout.response_lens[rows].sum())
     temperature = config.sampling.temperature
     parts: list[PolicyStats] = []
+    value_parts: list[ValueStats] = []
     ratios: list[Tensor] = []
 
     def loss_of(part: list[int]) -> Tensor:
@@ -131,6 +139,9 @@ def backward_policy(
                 logprobs, _ = policy.lm_head(hidden.detach(), linear_logprobs, token_ids,
                                              temperature=temperature)
             ratios.append((logprobs - batch.rollout.rollout_logprobs[taken][mask]).exp())
+        if value_head is not None:
+            loss = loss + _value_share(value_head(hidden), batch, taken, denominator, config,
+                                       value_parts)
         return loss
 
     _accumulate(batch, rows, config, loss_of)
@@ -145,13 +156,39 @@ def backward_policy(
         ratio = torch.cat(ratios)
         metrics["ratio/first_minibatch_mean"] = float(ratio.mean())
         metrics["ratio/first_minibatch_max_error"] = float((ratio - 1).abs().max())
-    return metrics
+    return metrics | _value_metrics(value_parts)
+
+
+def _value_share(
+    values: Tensor, batch: PPOBatch, taken: list[int], denominator: int, config: PPOConfig,
+    parts: list[ValueStats],
+) -> Tensor:
+    """value_coef times the value loss of the values [M] of some responses; adds its statistics."""
+    mask = batch.mask[taken]
+    loss, stats = value_loss(
+        values, batch.values[taken][mask], batch.returns[taken][mask],
+        torch.ones_like(values, dtype=torch.bool),
+        denominator=denominator, value_clip_range=config.value_clip_range,
+    )
+    parts.append(stats)
+    return config.value_coef * loss
+
+
+def _value_metrics(parts: Sequence[ValueStats]) -> dict[str, float]:
+    """Metrics of the value losses of a minibatch; empty where there was none."""
+    if not parts:
+        return {}
+    stats = sum(parts[1:], parts[0])
+    return {"loss/value": float(stats.value_loss / stats.count),
+            "clip/value_fraction": float(stats.clip_fraction / stats.count)}
 
 
 def backward_critic(
     critic: ScalarModel, batch: PPOBatch, rows: list[int], config: PPOConfig
 ) -> dict[str, float]:
     """Add the gradient of the clipped value loss of one minibatch to the critic.
+
+    Where the batch has the hidden states under the critic, only its head is run, and trained.
 
     Args:
         rows: Responses of the minibatch.
@@ -163,56 +200,29 @@ def backward_critic(
 
     def loss_of(part: list[int]) -> Tensor:
         taken = [rows[i] for i in part]
-        mask = batch.mask[taken]
-        values, _ = _response_forward(critic, batch, taken, config)
-        loss, stats = value_loss(
-            values, batch.values[taken][mask], batch.returns[taken][mask],
-            torch.ones_like(values, dtype=torch.bool),
-            denominator=denominator, value_clip_range=config.value_clip_range,
-        )
-        parts.append(stats)
-        return config.value_coef * loss
+        if batch.critic_states is None:
+            values, _ = _response_forward(critic, batch, taken, config)
+        else:
+            values = critic.head(torch.cat([batch.critic_states[i] for i in taken]))
+        return _value_share(values, batch, taken, denominator, config, parts)
 
     _accumulate(batch, rows, config, loss_of)
-    stats = sum(parts[1:], parts[0])
-    return {"loss/value": float(stats.value_loss / stats.count),
-            "clip/value_fraction": float(stats.clip_fraction / stats.count)}
-
-
-def initial_critic(
-    config: PPOConfig, policy: CausalLM, reward_model: ScalarModel | None
-) -> ScalarModel:
-    """The critic that `critic_init` asks for, with weights of its own.
-
-    Args:
-        policy: Its trunk is copied, under a zero head, for "policy".
-        reward_model: Copied whole, reward shift included, for "reward".
-    Raises:
-        ConfigError: when there is no reward model to start from.
-    """
-    if config.critic_init == "policy":
-        critic = scalar_from_causal(policy, config.seed, init="zero")
-    elif reward_model is not None:
-        critic = copy.deepcopy(reward_model)
-    else:
-        raise ConfigError(
-            "critic_init: expected a reward model to start the critic from, got none; give one, or "
-            "set critic_init to policy"
-        )
-    return critic.requires_grad_(True)
+    return _value_metrics(parts)
 
 
 def response_metrics(
-    rollout: Rollout, kl_estimates: tuple[Tensor, Tensor, Tensor], raw_scores: Tensor
+    rollout: Rollout, kl_estimates: tuple[Tensor, Tensor, Tensor] | None, raw_scores: Tensor
 ) -> dict[str, float]:
-    """What a set of responses looks like, in training and in evaluation."""
-    k1, _, k3 = kl_estimates
+    """What a set of responses looks like, in training and evaluation; no KL without estimates."""
     stopped = [reason == "stop" for reason in rollout.finish_reasons]
+    kl = {} if kl_estimates is None else {
+        "kl/policy_ref": float(kl_estimates[0].sum(dim=1).mean()),
+        "kl/policy_ref_k3": float(kl_estimates[2].sum(dim=1).mean()),
+    }
     return {
         "reward/score_mean": float(raw_scores.mean()),
         "reward/score_std": float(raw_scores.std(correction=0)),
-        "kl/policy_ref": float(k1.sum(dim=1).mean()),
-        "kl/policy_ref_k3": float(k3.sum(dim=1).mean()),
+        **kl,
         "entropy/mean": float(masked_mean(rollout.entropy, rollout.response_mask)),
         "response/length_mean": float(rollout.response_lens.double().mean()),
         "response/eos_rate": sum(stopped) / len(stopped),
@@ -239,17 +249,19 @@ def batch_metrics(batch: PPOBatch) -> dict[str, float]:
 
 
 def eval_metrics(
-    rollout: Rollout, ref_logprobs: Tensor, raw_scores: Tensor, config: PPOConfig
+    rollout: Rollout, ref_logprobs: Tensor | None, raw_scores: Tensor, config: PPOConfig
 ) -> dict[str, float]:
     """Held-out metrics; `eval/objective` is the mean score as PPO uses it - beta * KL.
 
-    beta is that of the config also when a controller moves it, so that evaluations compare.
+    beta is that of the config also when a controller moves it, so that evaluations compare. Without
+    a reference there is no KL, and beta is 0.
     """
-    estimates = kl_estimate(rollout.rollout_logprobs, ref_logprobs, rollout.response_mask)
+    estimates = None if ref_logprobs is None else kl_estimate(
+        rollout.rollout_logprobs, ref_logprobs, rollout.response_mask)
     metrics = response_metrics(rollout, estimates, raw_scores)
     scores = adjust_scores(raw_scores, rollout.finish_reasons, clip=config.reward_clip,
                            missing_eos_penalty=config.missing_eos_penalty)
-    objective = float(scores.mean()) - config.kl_coef * metrics["kl/policy_ref"]
+    objective = float(scores.mean()) - config.kl_coef * metrics.get("kl/policy_ref", 0.0)
     return {"eval/objective": objective,
             **{f"eval/{name.replace('/', '_')}": value for name, value in metrics.items()}}
 

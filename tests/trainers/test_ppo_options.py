@@ -19,7 +19,7 @@ from fastrl.models.causal_lm import scalar_from_causal
 from fastrl.models.weights import load_causal_lm
 from fastrl.rewards import RewardModelScorer
 from fastrl.trainers.common import num_targets, token_loss
-from fastrl.trainers.ppo_update import initial_critic
+from fastrl.trainers.ppo_trunks import initial_critic
 from fastrl.types import Prompt, Rollout
 
 
