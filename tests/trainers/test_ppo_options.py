@@ -134,11 +134,12 @@ def test_no_response_that_stops_is_said_once(
 ) -> None:
     """A penalty in place of every score is a constant: PPO would run for hours on nothing."""
     settings = {"rollout_batch_size": 32,
-                "sampling": SamplingConfig(max_new_tokens=2, stop_token_ids=(9999,))}
+                "sampling": SamplingConfig(max_new_tokens=2, stop_token_ids=(1999,))}
+    policy = task.tiny_model(vocab_size=2000)  # so many that none of 64 tokens is that one
     with caplog.at_level(logging.WARNING, logger="fastrl"):
-        task.make_trainer(missing_eos_penalty=None, **settings).step()
+        task.make_trainer(policy, missing_eos_penalty=None, **settings).step()
         assert "none of the" not in caplog.text
-        trainer = task.make_trainer(missing_eos_penalty=-2.0, **settings)
+        trainer = task.make_trainer(policy, missing_eos_penalty=-2.0, **settings)
         trainer.step()
         trainer.step()
     assert caplog.text.count("none of the 32 responses of the first iteration ended") == 1
