@@ -1,4 +1,4 @@
-"""The benchmarks of fastrl, `python -m benchmarks kernels` and `engine`: docs/benchmarks.md."""
+"""The benchmarks of fastrl, `python -m benchmarks PART`: docs/benchmarks.md."""
 
 import argparse
 import os
@@ -11,9 +11,11 @@ import torch
 from benchmarks.cases import load_cases
 from benchmarks.engine import run_engine
 from benchmarks.engine_providers import PROVIDERS
+from benchmarks.exact import run_exact
 from benchmarks.kernels import DeviceInError, Settings, run_kernels
 from benchmarks.results import file_name, table
 from benchmarks.timing import MIN_ROUNDS
+from fastrl.exactness import set_workspaces
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +46,13 @@ def parser() -> argparse.ArgumentParser:
     engine.add_argument("--small", action="store_true", help="sizes for trying the flow")
     engine.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS",
                         help="begin no provider after so long")
+    exact = parts.add_parser("exact", help="log-probs of rollout and update, and the cost")
+    exact.add_argument("--device", choices=("cuda", "cpu"),
+                       default="cuda" if torch.cuda.is_available() else "cpu")
+    exact.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    exact.add_argument("--small", action="store_true", help="sizes for trying the flow")
+    exact.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS",
+                       help="begin no row after so long")
     return root
 
 
@@ -79,7 +88,18 @@ def engine(options: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-PARTS = {"kernels": kernels, "engine": engine}
+def exact(options: argparse.Namespace) -> int:
+    """Compare rollout and update; 1 when something raised."""
+    set_workspaces(options.device)  # before the name of the device is asked for
+    deadline = time.monotonic() + options.budget
+    path = options.out / file_name("exact", options.device)
+    rows = run_exact(options.device, options.small, path, deadline)
+    failures = [row for row in rows if row.is_failure]
+    print(f"{path}: {len(rows)} rows, {len(failures)} wrong")
+    return 1 if failures else 0
+
+
+PARTS = {"kernels": kernels, "engine": engine, "exact": exact}
 
 
 def main() -> int:

@@ -91,6 +91,21 @@ part_engine() {
         "${small[@]}" --budget 180 --out "$OUT"
 }
 
+# Six minutes in all: 75 + 60 + 220 s, and a few for what stands between the steps.
+part_exact() {
+    build_extension
+    local small=()
+    if [ "$DEVICE" = cpu ]; then
+        skip tests "no GPU"
+        small=(--small)
+    else
+        LINES_SHOWN=30 step tests 60 "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider \
+            tests/exactness
+    fi
+    LINES_SHOWN=80 step benchmarks 220 "$PYTHON" -m benchmarks exact --device "$DEVICE" \
+        "${small[@]}" --budget 180 --out "$OUT"
+}
+
 part=${1:-kernels}
 known=$(declare -F | sed -n 's/^declare -f part_//p' | paste -sd' ')
 if ! declare -F "part_$part" >/dev/null; then

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from fastrl.config import EngineConfig
 from fastrl.console import Console
 from fastrl.data import (
     DataReport,
@@ -16,6 +17,7 @@ from fastrl.data import (
     load_text_windows,
     read_rows,
 )
+from fastrl.exactness import set_workspaces
 from fastrl.metrics import RunFolder
 from fastrl.models import CausalLM, ScalarModel, check_tokenizer
 from fastrl.models.weights import load_causal_lm, load_scalar_model
@@ -41,8 +43,11 @@ class Placement(Protocol):
 
 
 def placement(run: Placement) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype that a stage asks for."""
+    """Device and dtype that a stage asks for; nothing is on a GPU yet."""
     device = resolve_device(run.device)
+    engine = getattr(run, "engine", None)  # only stages that generate have one
+    if isinstance(engine, EngineConfig) and engine.exact:
+        set_workspaces(device.type)
     return device, resolve_dtype(run.dtype, device)
 
 

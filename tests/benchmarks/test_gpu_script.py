@@ -50,6 +50,18 @@ def test_the_engine_part_without_a_gpu(tmp_path: Path) -> None:
     assert by_provider["transformers_batch"].reason == "its cache takes most of a CPU's memory"
 
 
+@pytest.mark.slow
+def test_the_exact_part_without_a_gpu(tmp_path: Path) -> None:
+    done = script("exact", OUT=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tests          -    skipped: no GPU" in done.stdout
+    (path,) = tmp_path.glob("exact_cpu_*.json")
+    document, rows = load(path)
+    assert "--small" in document["command"]
+    assert {row.workload for row in rows} == {
+        "sweep", "generate", "update", "arena", "update beside the cache"}
+
+
 def test_an_unknown_part_is_an_error_that_names_the_known(tmp_path: Path) -> None:
     done = script("nothing", OUT=str(tmp_path / "out"))
     assert done.returncode == 2 and "unknown part 'nothing'; known: " in done.stderr

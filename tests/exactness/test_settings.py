@@ -2,6 +2,7 @@
 
 import logging
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from fastrl.config import EngineConfig, SamplingConfig
 from fastrl.engine import Engine
 from fastrl.exactness import exact_math, set_workspaces, settings
 from fastrl.models import CausalLM, DecoderConfig, new_decoder
+from fastrl.stages import inputs
 
 REDUCTIONS = ("_get_cublas_allow_bf16_reduced_precision_reduction",
               "_get_cublas_allow_fp16_reduced_precision_reduction")
@@ -128,3 +130,14 @@ def test_the_engine_enters_and_leaves_it(exact: bool) -> None:
         assert [rows for _, rows in seen] == [3, 1, 1, 1]
     else:
         assert all(rows >= 4 for _, rows in seen)
+
+
+@pytest.mark.parametrize(("engine", "expected"), [
+    (EngineConfig(), ["cpu"]), (EngineConfig(exact=False), []), (None, [])])
+def test_stages_set_workspaces_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, engine: EngineConfig | None, expected: list[str]
+) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(inputs, "set_workspaces", called.append)
+    inputs.placement(SimpleNamespace(device="cpu", dtype="auto", engine=engine))
+    assert called == expected
