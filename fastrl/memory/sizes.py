@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from fastrl.checks import wide_dtype
+from fastrl.models.by_input import MAX_COPY_BYTES
 from fastrl.models.config import DecoderConfig
 from fastrl.ops.adamw import LARGE_PIECE_ELEMENTS, PIECE_ELEMENTS
 from fastrl.ops.linear_logprob import CHUNK_BYTES
@@ -145,6 +146,17 @@ def scalar_bytes(decoder: DecoderConfig, dtype: torch.dtype, num_tokens: int) ->
     """Most bytes of a scalar head: the states in float32 and their product with the weight."""
     e, w = dtype.itemsize, wide_dtype(dtype).itemsize
     return num_tokens * decoder.hidden_size * (w + (w if e != w else 0))
+
+
+def copy_bytes(decoder: DecoderConfig, dtype: torch.dtype, *, device_type: str) -> int:
+    """Matrices that the engine stores once more, by input, for a small model on a CPU."""
+    width, heads = decoder.hidden_size, decoder.num_heads * decoder.head_dim
+    merged = heads + 2 * decoder.num_kv_heads * decoder.head_dim
+    inner = decoder.intermediate_size * (2 + decoder.gated_mlp)
+    layer = width * (merged + heads + inner)
+    num_bytes = (decoder.num_layers * layer + decoder.vocab_size * width) * dtype.itemsize
+    is_small = device_type == "cpu" and dtype == torch.float32 and num_bytes <= MAX_COPY_BYTES
+    return num_bytes if is_small else 0
 
 
 def sampling_bytes(

@@ -244,8 +244,9 @@ def _rollout(
     prefill = max(longest, min(prefill, config.rollout_batch_size * longest))
     forward = sizes.forward_bytes(policy.decoder, device.dtype, prefill)
     logits = sizes.sampling_bytes(policy.decoder, device.dtype, num_rows, device_type=device.type)
-    return [Moment(phase, needs, cache | {"activations": forward}),
-            Moment(phase, needs, cache | {"logits": logits})]
+    copies = sizes.copy_bytes(policy.decoder, device.dtype, device_type=device.type)
+    return [Moment(phase, needs, cache | {"scratch": copies, "activations": forward}),
+            Moment(phase, needs, cache | {"scratch": copies, "logits": logits})]
 
 
 def _scoring(

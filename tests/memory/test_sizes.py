@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from fastrl.memory import sizes
 from fastrl.memory.shapes import NAMED, shape_named, shape_of_model
 from fastrl.models import new_decoder
 from fastrl.models.attention import PackedAttention
+from fastrl.models.by_input import matrices
 from fastrl.models.config import DecoderConfig
 from fastrl.models.families import decoder_config
 from fastrl.ops import adamw
@@ -174,3 +176,15 @@ def test_scratch_of_the_optimiser(dtype: torch.dtype, moments: str) -> None:
         patch.setitem(adamw.PIECE_ELEMENTS, "cpu", adamw.LARGE_PIECE_ELEMENTS)
         optimizer.step(1e-3)
     assert 0.75 * planned <= memory.most <= 1.02 * planned
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_copies_by_input_are_those_that_the_engine_makes(family: str) -> None:
+    config = small_config(family)
+    modules = matrices(new_decoder(config, 0))
+    assert sizes.copy_bytes(config, torch.float32, device_type="cpu") == sum(
+        module.weight.numel() * 4 for module in modules)
+    assert sizes.copy_bytes(config, torch.bfloat16, device_type="cpu") == 0
+    assert sizes.copy_bytes(config, torch.float32, device_type="cuda") == 0
+    large = replace(config, vocab_size=2**20 + 1)
+    assert sizes.copy_bytes(large, torch.float32, device_type="cpu") == 0
