@@ -141,6 +141,15 @@ def test_groups_follow_the_batch_as_samples_finish_and_start(watch: Watch) -> No
         assert len(watch.groups) == before
 
 
+def test_as_many_groups_as_there_are_pairs_of_rows(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "_batch_rows", lambda self, num_rows: num_rows)  # no dummies
+    Engine(MODEL, EngineConfig(page_size=4)).generate(
+        PROMPTS[1:], SamplingConfig(max_new_tokens=3, stop_token_ids=()), num_samples_per_prompt=2)
+    assert {tuple(groups) for groups in watch.groups} == {((0, 2, 20), (2, 2, 4), (4, 2, 16))}
+
+
 def test_nothing_is_shared_where_no_pages_are(watch: Watch) -> None:
     Engine(MODEL, EngineConfig(page_size=4, share_prefix=False)).generate(
         PROMPTS, SAMPLING, num_samples_per_prompt=3)
