@@ -35,7 +35,7 @@ from fastrl.ops.packed_attention import (
 )
 from fastrl.ops.paged_attention import MIN_EXACT_ROWS
 
-PREFERENCE = ("flash", "torch")
+PREFERENCE = ("flash", "torch", "triton")
 
 
 def prefix_attention_reference(
@@ -122,8 +122,8 @@ def prefix_attention(
         ShapeError: when shapes or dtypes do not fit together.
         ConfigError: when scale is not above 0.
         BackendUnavailableError: when a backend is named that cannot run.
-    Cost: the pairs of real queries and keys; keys and values of a prefix are copied once for each
-        segment that continues it.
+    Cost: the pairs of real queries and keys; but for triton, keys and values of a prefix are copied
+        once for each segment that continues it.
     Source: Prefix Grouper (arXiv 2506.05433).
     Example:
         >>> x = torch.ones(4, 1, 2)  # two tokens, and two continuations of one token each
@@ -138,6 +138,11 @@ def prefix_attention(
         window = None
     name = choose("prefix_attention", "prefix_attention", PREFERENCE, device.type, query.dtype,
                   backend, kernel_limits(C))
+    if name == "triton":
+        from fastrl_kernels.triton import prefix_attention as triton_kernels
+
+        return triton_kernels.prefix_attention(query, key, value, cu_seqlens, prefixes,
+                                               max_seqlen=max_seqlen, scale=scale, window=window)
     capability = torch.cuda.get_device_properties(device).major if device.type == "cuda" else 0
     path = torch_path(device.type, query.dtype, C, max_seqlen, window, False, capability)
     if name == "torch" and path == "dense":

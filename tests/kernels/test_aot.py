@@ -29,6 +29,10 @@ ALLOWED_SPILLS: dict[tuple[str, int], int] = {
     ("_packed_attention_fwd_kernel", 100): 8,
     **{("_packed_attention_dquery_kernel", arch): 240 for arch in ARCHITECTURES},
     ("_packed_attention_dkey_kernel", 80): 8, ("_packed_attention_dkey_kernel", 100): 24,
+    # prefix_attention: as packed_attention; in float32 dk and dv too, below the limit of registers.
+    ("_prefix_attention_fwd_kernel", 80): 72, ("_prefix_attention_fwd_kernel", 100): 8,
+    ("_prefix_attention_dkey_kernel", 80): 24, ("_prefix_attention_dkey_kernel", 90): 16,
+    ("_prefix_attention_dkey_kernel", 100): 16,
     # paged_attention: the same, and the addresses of keys; on sm_90 in float32 alone. Of prefixes
     # on sm_100: which rows of the tile exist, until they are stored.
     ("_paged_attention_prefix_kernel", 100): 40,
