@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.big import run_big
 from benchmarks.cases import load_cases
 from benchmarks.engine import run_engine
 from benchmarks.engine_providers import PROVIDERS
@@ -53,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
     exact.add_argument("--small", action="store_true", help="sizes for trying the flow")
     exact.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS",
                        help="begin no row after so long")
+    big = parts.add_parser("big", help="one PPO iteration of four models of 8B")
+    big.add_argument("--device", choices=("cuda", "cpu"),
+                     default="cuda" if torch.cuda.is_available() else "cpu")
+    big.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    big.add_argument("--small", action="store_true", help="sizes for trying the flow")
     return root
 
 
@@ -94,12 +100,23 @@ def exact(options: argparse.Namespace) -> int:
     deadline = time.monotonic() + options.budget
     path = options.out / file_name("exact", options.device)
     rows = run_exact(options.device, options.small, path, deadline)
+    print(table(rows))
     failures = [row for row in rows if row.is_failure]
     print(f"{path}: {len(rows)} rows, {len(failures)} wrong")
     return 1 if failures else 0
 
 
-PARTS = {"kernels": kernels, "engine": engine, "exact": exact}
+def big(options: argparse.Namespace) -> int:
+    """Measure an iteration of large models; 1 when it did not come to its end."""
+    path = options.out / file_name("big", options.device)
+    rows = run_big(options.device, options.small, path)
+    print(table(rows))
+    failures = [row for row in rows if row.is_failure]
+    print(f"{path}: {len(rows)} rows, {len(failures)} wrong")
+    return 1 if failures else 0
+
+
+PARTS = {"kernels": kernels, "engine": engine, "exact": exact, "big": big}
 
 
 def main() -> int:

@@ -106,6 +106,15 @@ part_exact() {
         "${small[@]}" --budget 180 --out "$OUT"
 }
 
+# Six minutes in all: 75 + 275 s, and a few for what stands between the steps.
+part_big() {
+    build_extension
+    local small=()
+    if [ "$DEVICE" = cpu ]; then small=(--small); fi
+    LINES_SHOWN=20 step benchmarks 275 env PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
+        "$PYTHON" -m benchmarks big --device "$DEVICE" "${small[@]}" --out "$OUT"
+}
+
 part=${1:-kernels}
 known=$(declare -F | sed -n 's/^declare -f part_//p' | paste -sd' ')
 if ! declare -F "part_$part" >/dev/null; then

@@ -111,6 +111,14 @@ class Residents:
         for place in self._places.values():
             place.fetch()
 
+    def keep(self, name: str) -> None:
+        """From now on a part stays where it is; its host memory is given back."""
+        self.parks -= {name}
+        for owners, place in self._places.items():
+            if name in owners:
+                place.fetch()
+                place.close()
+
     def _move(self, needed: frozenset[str]) -> None:
         """First make room, then fill it."""
         for owners, tensors in self._groups().items():

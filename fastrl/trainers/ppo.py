@@ -146,12 +146,13 @@ class PPOTrainer:
             value_head = own_weights if config.critic_trunk == "policy" else ()
             self.policy_optimizer = AdamW.from_config((*policy.parameters(), *value_head), config)
             self.weights = KeptWeights(policy, config)
-        with self.residents.phase("critic_update"):
-            self.critic_optimizer = AdamW.from_config(own_weights, config)
         self.residents.parts |= {
             "policy_optimizer": lambda: self.policy_optimizer.state_dict().values(),
-            "critic_optimizer": lambda: self.critic_optimizer.state_dict().values(),
             "ema": self.weights.averages}
+        with self.residents.phase("critic_update"):
+            self.critic_optimizer = AdamW.from_config(own_weights, config)
+        self.residents.parts["critic_optimizer"] = (
+            lambda: self.critic_optimizer.state_dict().values())
         self.policy_schedule = Schedule.from_config(config, max(
             1, config.num_iterations - config.num_critic_warmup_iterations))
         self.critic_schedule = Schedule.from_config(config, config.num_iterations,

@@ -62,6 +62,17 @@ def test_the_exact_part_without_a_gpu(tmp_path: Path) -> None:
         "sweep", "generate", "update", "arena", "update beside the cache"}
 
 
+@pytest.mark.slow
+def test_the_big_part_without_a_gpu(tmp_path: Path) -> None:
+    done = script("big", OUT=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "build          -    skipped: no GPU" in done.stdout
+    (path,) = tmp_path.glob("big_cpu_*.json")
+    document, rows = load(path)
+    assert "--small" in document["command"]
+    assert [row.status for row in rows] == ["ok"] * 5
+
+
 def test_an_unknown_part_is_an_error_that_names_the_known(tmp_path: Path) -> None:
     done = script("nothing", OUT=str(tmp_path / "out"))
     assert done.returncode == 2 and "unknown part 'nothing'; known: " in done.stderr
@@ -100,6 +111,12 @@ def test_the_steps_on_a_gpu(tmp_path: Path) -> None:
     assert " compute-sanitizer --tool memcheck" in memcheck and "--check_only" in memcheck
     assert "--ops norm adamw gae grad_norm kl kv_cache logprob " in memcheck
     assert "kernels --device cuda --budget 110 --out" in benchmarks and "small" not in benchmarks
+    log.unlink()
+    done = script("big", OUT=str(tmp_path / "out"), PYTHON=str(tmp_path / "python"),
+                  PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert done.returncode == 0 and done.stdout.count("passed") == 2
+    assert log.read_text().splitlines()[1].startswith(
+        " python -m benchmarks big --device cuda --out")
 
 
 def test_the_tests_that_need_a_gpu_run_without_the_plugins(tmp_path: Path) -> None:

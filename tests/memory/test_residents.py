@@ -106,6 +106,15 @@ def test_no_room_on_the_host_loses_nothing(
     assert [t[0][0].item() for t in tensors.values()] == [0, 1, 2, 3]
 
 
+def test_a_part_can_be_kept_from_now_on(tensors: dict[str, list[torch.Tensor]]) -> None:
+    residents = residents_of(tensors, {"reference", "critic"})
+    with residents.phase("rollout"):
+        residents.keep("critic")
+        assert residents.parked == {"reference"} and tensors["critic"][0].tolist() == [2.0] * 1000
+    with residents.phase("scoring", "reference"):
+        assert residents.parked == frozenset()
+
+
 def test_names_are_checked(tensors: dict[str, list[torch.Tensor]]) -> None:
     with pytest.raises(ConfigError, match=r"parks: expected names out of .*got \['actor'\]"):
         residents_of(tensors, {"actor"})
