@@ -11,6 +11,7 @@ from fastrl.config import PPOConfig, RewardConfig, SFTConfig, TrainConfig
 from fastrl.memory import sizes
 from fastrl.memory.plan import Demand, MemoryPlan, Moment, gib, solve
 from fastrl.memory.shapes import ModelShape
+from fastrl.memory.trunks import head_sizes, on_trunk
 from fastrl.ops.paged_attention import slots_read
 
 PAGE_SIZE = 16
@@ -67,7 +68,8 @@ def plan_ppo(
     """
     reward_model = (reward_model or policy) if has_reward_model else None
     critic = critic or (reward_model if config.critic_init == "reward" else None) or policy
-    models = _Models(policy, critic, reward_model, reference or policy)
+    models = _Models(policy, critic, reward_model,
+                     None if config.reference == "none" else reference or policy)
     return _plan(config, device, lambda c: _ppo(c, models, device, longest))
 
 
@@ -198,6 +200,9 @@ def _ppo(config: PPOConfig, models: _Models, device: Device, longest: int | None
     longest = min(longest or asked, policy.decoder.max_positions)
     kept = (_trained("policy", policy.language_model, config, dtype)
             | _trained("critic", models.critic.scalar_model, config, dtype))
+    width = (models.reward_model or policy if config.critic_trunk == "reward" else policy
+             ).decoder.hidden_size
+    kept |= head_sizes(config, width, dtype)
     if config.ema_decay is not None:
         kept["ema"] = sizes.ema_bytes(policy.language_model, dtype)
     if models.reference is not None:
@@ -212,12 +217,13 @@ def _ppo(config: PPOConfig, models: _Models, device: Device, longest: int | None
 
     def moments(tokens: int, pages: int) -> list[Moment]:
         cache = {"kv_cache": pages * page_bytes}
-        return [*_rollout("rollout", ("policy",), config, policy, device, longest, cache),
-                *_scoring("scoring", config, models, device, min(
-                    tokens, config.rollout_batch_size * longest), longest, cache),
-                *_updates(config, models, device, min(
-                    tokens, config.minibatch_size * longest), longest, cache),
-                *_evaluation(config, models, device, tokens, longest, cache)]
+        return on_trunk(config, width, dtype, [
+            *_rollout("rollout", ("policy",), config, policy, device, longest, cache),
+            *_scoring("scoring", config, models, device, min(
+                tokens, config.rollout_batch_size * longest), longest, cache),
+            *_updates(config, models, device, min(
+                tokens, config.minibatch_size * longest), longest, cache),
+            *_evaluation(config, models, device, tokens, longest, cache)])
 
     return Demand(
         kept=kept, moments=moments, max_tokens=config.max_tokens_per_microbatch,
