@@ -12,8 +12,10 @@ import ctypes
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,7 @@ class ParkingPlace:
         self._known: list[tuple[int, int]] = []
         """Identity and bytes of the storages whose content the host memory has."""
         self._fetch: Future[None] | torch.cuda.Event | None = None
+        self._unregister: Callable[[], Any] | None = None
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -123,9 +126,10 @@ class ParkingPlace:
     def close(self) -> None:
         """Give the host memory back; the tensors must have been fetched."""
         assert not self._parked, f"{self.name} is still parked"
-        if self._host is not None and self._stream is not None:
+        if self._unregister is not None and self._stream is not None:
             self._stream.synchronize()
-            _cudart().cudaHostUnregister(self._host.data_ptr())
+            self._unregister()
+            self._unregister = None
         self._host, self._mapping, self._known = None, None, []
 
     def _check_owned(self, storages: list[torch.UntypedStorage]) -> None:
@@ -169,6 +173,8 @@ class ParkingPlace:
             return torch.zeros(0, dtype=torch.uint8, device="cpu")
         try:
             self._mapping = mmap.mmap(-1, num_bytes)
+            with suppress(OSError, AttributeError):  # fewer pages to lock
+                self._mapping.madvise(mmap.MADV_HUGEPAGE)
             host = torch.frombuffer(self._mapping, dtype=torch.uint8)
             torch.cuda.check_error(_cudart().cudaHostRegister(host.data_ptr(), num_bytes, 0))
         except (OSError, RuntimeError) as error:
@@ -177,6 +183,7 @@ class ParkingPlace:
                 f"parking: expected {num_bytes / 2**30:.1f} GiB of host memory for {self.name} that"
                 f" can be page-locked, got {error}; free host memory, raise the limit of `ulimit "
                 "-l`, or set parking to off") from error
+        self._unregister = weakref.finalize(self, _unregister, host)
         return host
 
     def _copy_out(self, storages: list[torch.UntypedStorage], host: Tensor) -> None:
@@ -234,6 +241,11 @@ class ParkingPlace:
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
     """[n] uint8 over a storage's memory."""
     return torch.tensor([], dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _unregister(host: Tensor) -> None:
+    """Before its memory goes: else the next tensor at this address could not be registered."""
+    _cudart().cudaHostUnregister(host.data_ptr())
 
 
 def _cudart() -> Any:
