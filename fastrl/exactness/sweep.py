@@ -18,7 +18,16 @@ from fastrl.exactness.settings import exact_math
 from fastrl.models import CausalLM, DecoderConfig
 from fastrl.models.decoder import Decoder, DecoderLayer
 from fastrl.models.heads import project_logits
-from fastrl.ops import linear_logprobs, packed_attention, paged_attention, sample_tokens, write_kv
+from fastrl.ops import (
+    linear_logprobs,
+    packed_attention,
+    paged_attention,
+    qk_norm_rotary,
+    rotary,
+    rotary_write_kv,
+    sample_tokens,
+    write_kv,
+)
 from fastrl.ops.paged_attention import PagedPlan
 
 logger = logging.getLogger("fastrl")
@@ -88,6 +97,8 @@ def _works(
         rows = _row_counts(model)
         yield "norm", lambda: _row_kernel("norm", model, layer.attention_norm, rows, generator)
         yield "mlp", lambda: _row_kernel("mlp", model, layer.mlp, rows, generator)
+        if backbone.rotary is not None:
+            yield "rotary", lambda: _rotary(backbone, weight, rows[-1], generator)
         yield "attention", lambda: _attention(backbone.config, weight, generator)
     yield "LM head", lambda: _lm_head(model, generator)
 
@@ -130,6 +141,35 @@ def _row_kernel(
     result = "equal" if not different else f"other bits with {different} rows"
     used = "nothing to do" if not different else RECOMPUTED
     return SweepLine(name, f"rows of {width}", result, used, not different)
+
+
+def _rotary(
+    backbone: Decoder, like: Tensor, num_rows: int, generator: torch.Generator
+) -> SweepLine:
+    """Turned queries and keys of training, and those that the engine writes into pages."""
+    config, layer = backbone.config, backbone.layers[0]
+    assert backbone.rotary is not None and isinstance(layer, DecoderLayer)
+    shape = (num_rows, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
+    heads = _random(shape, like, generator)
+    cos, sin = backbone.rotary(torch.arange(num_rows, device=like.device), like.dtype)
+    query, key, value = torch.split(
+        heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+    norms, epsilon = (layer.attention.q_norm, layer.attention.k_norm), config.norm_epsilon
+    weights = [norm.weight for norm in norms if norm is not None]
+    if weights:
+        query, key = qk_norm_rotary(query, key, weights[0], weights[1], cos, sin, epsilon=epsilon)
+    else:
+        query, key = rotary(query, key, cos, sin)
+    pages = torch.zeros(1, 1, 2, num_rows, *key.shape[1:], dtype=like.dtype, device=like.device)
+    turned = rotary_write_kv(
+        heads, pages, 0, torch.arange(num_rows, device=like.device), cos=cos, sin=sin,
+        q_weight=weights[0] if weights else None, k_weight=weights[1] if weights else None,
+        epsilon=epsilon)
+    is_exact = all(map(torch.equal, (turned, pages[0, 0, 0], pages[0, 0, 1]), (query, key, value)))
+    return SweepLine(
+        "rotary", f"{shape[1]} heads of {config.head_dim}",
+        "packed = written into pages" if is_exact else "other bits where pages are written",
+        "nothing to do" if is_exact else RECOMPUTED, is_exact)
 
 
 def _attention(config: DecoderConfig, like: Tensor, generator: torch.Generator) -> SweepLine:

@@ -19,7 +19,7 @@ def test_rows_of_a_small_run(tmp_path: Path) -> None:
     path = tmp_path / "exact.json"
     rows = by_case(run_exact("cpu", True, path, time.monotonic() + 100))
     assert by_case(load(path)[1]).keys() == rows.keys()
-    assert rows["sweep", ""].extra == {"num_lines": 9, "failed": []}
+    assert rows["sweep", ""].extra == {"num_lines": 10, "failed": []}
     for case in ("exact", "fast"):
         made = rows["generate", case].extra
         assert made["num_tokens"] == 6 * 12

@@ -32,7 +32,7 @@ def test_every_family_passes_on_a_cpu(family: str, dtype: torch.dtype) -> None:
     products = {one.shape for one in lines if one.work == "product"}
     assert products == {f"{a} x {b}" for a, b in rows.weight_shapes(model)}
     assert [one.work for one in lines if one.work != "product"] == [
-        "norm", "mlp", "attention", "LM head"]
+        "norm", "mlp", *(["rotary"] if family != "gpt2" else []), "attention", "LM head"]
     assert [one for one in lines if not one.is_exact] == []
     assert line(lines, "attention").result == "packed = prompt = decode step"
 
@@ -72,6 +72,20 @@ def test_pages_that_give_other_bits_are_seen(
     monkeypatch.setattr(sweep_module, "paged_attention", other)
     found = line(sweep(tiny()), "attention")
     assert not found.is_exact and f"{path} of 100" in found.result
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_pages_with_other_keys_are_seen(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    real = sweep_module.rotary_write_kv
+
+    def other(heads: torch.Tensor, pages: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        query = real(heads, pages, *args, **kwargs)
+        pages[:, :, 0] *= 1 + 1e-6
+        return query
+
+    monkeypatch.setattr(sweep_module, "rotary_write_kv", other)
+    found = line(sweep(tiny(family)), "rotary")
+    assert not found.is_exact and "pages are written" in found.result
 
 
 def test_a_sampler_with_other_logprobs_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
