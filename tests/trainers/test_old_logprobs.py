@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+import fastrl.exactness.sweep as sweep_module
 from fastrl.config import EngineConfig, PPOConfig
 from fastrl.engine import Engine, difference
 from fastrl.engine.difference import NOWHERE, first_difference
 from fastrl.errors import ConfigError
 from fastrl.models import CausalLM, DecoderConfig, new_decoder
+from fastrl.trainers import old_logprobs
 from fastrl.trainers.old_logprobs import largest_gap, update_logprobs
 
 
@@ -117,6 +119,7 @@ def test_another_architecture_is_compared_as_a_whole(task: SimpleNamespace) -> N
 
 
 def test_a_tolerance_of_0_accepts_the_same_bits_only() -> None:
+    assert PPOConfig().logprob_tolerance == 1e-5
     assert PPOConfig(logprob_tolerance=0.0).logprob_tolerance == 0
     with pytest.raises(ConfigError, match="logprob_tolerance: expected a number of at least 0"):
         PPOConfig(logprob_tolerance=-1e-5)
@@ -131,6 +134,44 @@ def test_recomputed_logprobs_are_the_rollouts_under_any_microbatch(
     again = update_logprobs(trainer.policy, rollout, trainer.config)
     assert not again.requires_grad and (again[~rollout.response_mask] == 0).all()
     torch.testing.assert_close(again, rollout.rollout_logprobs, rtol=0, atol=1e-5)
+
+
+def test_the_response_that_is_drawn_again_is_the_one_with_the_gap(
+    task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, asked = task.make_trainer(num_logprob_checks=8), list[dict[str, Any]]()
+
+    def note(engine: Engine, model: CausalLM, prompt: list[int], sampling: Any, *,
+             tolerance: float, **request: Any) -> str:
+        again = engine.generate([prompt], sampling, seed=request["seed"],
+                                first_request_id=request["request_id"])
+        asked.append({"again": again.sequence(0), "row": request["request_id"]})
+        return "somewhere"
+
+    monkeypatch.setattr(old_logprobs, "first_difference", note)
+    rollouts, generate = list[Any](), trainer.engine.generate
+
+    def spoiled(*args: Any, **kwargs: Any) -> Any:
+        rollout = generate(*args, **kwargs)
+        if not rollouts:
+            rollout.rollout_logprobs[5, 0] += 1
+        rollouts.append(rollout)
+        return rollout
+
+    monkeypatch.setattr(trainer.engine, "generate", spoiled)
+    assert trainer.step()["logprob/num_recomputed"] == 1
+    assert asked == [{"again": rollouts[0].sequence(5), "row": 5}]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_start_up_sweeps_where_exact_mode_is_on(
+    task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    exact: bool,
+) -> None:
+    monkeypatch.setattr(sweep_module, "least_rows", lambda shape, dtype, device: None)
+    with caplog.at_level(logging.WARNING, logger="fastrl"):
+        task.make_trainer(engine=EngineConfig(exact=exact))
+    assert ("exact mode: product" in caplog.text) == exact
 
 
 def test_nan_is_a_gap(task: SimpleNamespace) -> None:
