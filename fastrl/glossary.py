@@ -178,6 +178,8 @@ GLOSSARY: dict[str, Term] = {
     "throughput/tokens_per_s": Term(
         "Tokens processed per second of this step; in PPO, response tokens.",
         ("verl: perf/throughput",)),
+    "memory/max_tokens_per_microbatch": Term(
+        "Tokens of a microbatch: the setting, or less after the update ran out of memory."),
     "memory/peak_gib": Term(
         "Most memory used so far, in GiB: of the process on a CPU, of PyTorch on a GPU.",
         ("verl: perf/max_memory_allocated_gb",)),

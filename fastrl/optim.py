@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fastrl.checks import check_resident, wide_dtype
 from fastrl.config import TrainConfig
-from fastrl.errors import ConfigError, ShapeError
+from fastrl.errors import ConfigError, DeviceMemoryError, ShapeError
 from fastrl.ops import adamw_step, grad_norm
 from fastrl.ops.grad_norm import clip_coefficient
+from fastrl.out_of_memory import is_out_of_memory
 from fastrl.state_formats import code_dtype, num_blocks
 
 
@@ -97,8 +98,22 @@ class AdamW:
         Args:
             learning_rate: Of this step.
             scale: Multiplies the gradients on the way, see `clip_scale`; None: 1.
+        Raises:
+            DeviceMemoryError: when there is no memory for its temporaries. Weights may then have
+                been updated in part, so a trainer neither repeats the step nor goes on from it.
         """
         check_resident("AdamW", self._first[0])
+        try:
+            self._step(learning_rate, scale)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(
+                "optimizer step: expected memory for its temporaries, got none; weights may be "
+                "updated in part: go on from what was saved last, with a lower "
+                "max_tokens_per_microbatch or optimizer_moments 8bit") from error
+
+    def _step(self, learning_rate: float, scale: Tensor | None) -> None:
         self.num_steps += 1
         active = [i for i, p in enumerate(self.parameters) if p.grad is not None]
         for dtype in dict.fromkeys(self.parameters[i].dtype for i in active):

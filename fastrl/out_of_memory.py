@@ -21,7 +21,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def run_in_passes(
-    lengths: Sequence[int], max_tokens: int, run: Callable[[list[int]], None], what: str
+    lengths: Sequence[int], max_tokens: int, run: Callable[[list[int]], None], what: str,
+    prompts: Sequence[Sequence[int]] | None = None,
 ) -> None:
     """`run` every row, as many at a time as `max_tokens` allow and as there is memory for.
 
@@ -31,29 +32,36 @@ def run_in_passes(
     Args:
         lengths: Tokens of each row.
         max_tokens: Tokens of a pass; a longer row gets one of its own.
-        run: Given consecutive row numbers; changes nothing when it fails.
+        run: Given row numbers; changes nothing that a repetition does not make good.
         what: Of what the rows are, for messages.
+        prompts: See `split_by_tokens`.
     Raises:
         DeviceMemoryError: when there is no memory for a single row, twice in turn.
     """
-    begin, num_failures = 0, 0
-    while begin < len(lengths):
-        rows = [begin + i for i in split_by_tokens(lengths[begin:], max_tokens)[0]]
+    left, num_failures = list(range(len(lengths))), 0
+    while left:
+        done: set[int] = set()
+        rows: list[int] = []
         try:
-            run(rows)
+            for group in split_by_tokens([lengths[i] for i in left], max_tokens,
+                                         None if prompts is None else [prompts[i] for i in left]):
+                rows = [left[place] for place in group]
+                run(rows)
+                done.update(rows)
+                num_failures = 0
+            return
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             num_failures += 1
             if len(rows) == 1 and num_failures > 1:
-                raise too_long(what, lengths[begin]) from error
-        else:
-            begin, num_failures = rows[-1] + 1, 0
-            continue
-        if len(rows) > 1:  # outside the handler: its traceback holds on to what the pass has made
-            max_tokens = sum(lengths[i] for i in rows) // 2
-            logger.warning("%s: no memory for a pass of %d tokens; going on with passes of %d, "
-                           "results are the same", what, 2 * max_tokens, max_tokens)
+                raise too_long(what, lengths[rows[0]]) from error
+        # Outside the handler: its traceback holds on to what the pass has made.
+        left = [i for i in left if i not in done]
+        if len(rows) > 1:
+            max_tokens = max(1, min(max_tokens, sum(lengths[i] for i in rows)) // 2)
+            logger.warning("%s: no memory for a pass; going on with passes of %d tokens, results "
+                           "are the same", what, max_tokens)
 
 
 def too_long(what: str, num_tokens: int) -> DeviceMemoryError:

@@ -4,7 +4,7 @@ Microbatches are filled to a budget of tokens; what comes out does not depend on
 rounding. B sequences, T response tokens, N packed tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,12 +16,8 @@ from fastrl.models.attention import PackedAttention
 from fastrl.models.causal_lm import CausalLM, ScalarModel
 from fastrl.models.heads import ScalarHead
 from fastrl.ops import linear_logprobs
-from fastrl.packing import (
-    PackedBatch,
-    pack_sequences,
-    predict_rows,
-    split_by_tokens,
-)
+from fastrl.out_of_memory import run_in_passes
+from fastrl.packing import PackedBatch, pack_sequences, predict_rows
 from fastrl.types import Rollout
 
 
@@ -39,23 +35,27 @@ def inference(model: nn.Module) -> Iterator[torch.device]:
         model.train(was_training)
 
 
-def _passes(
-    model: nn.Module, sequences: Sequence[Sequence[int]],
-    prompt_lens: Sequence[int] | None, max_tokens: int, share_prefix: bool,
-) -> Iterator[tuple[list[int], PackedBatch, Tensor]]:
-    """Microbatches: which sequences, how they are packed, and what the model gives for each token.
+def _run_passes(
+    model: nn.Module, sequences: Sequence[Sequence[int]], prompt_lens: Sequence[int] | None,
+    max_tokens: int, share_prefix: bool, take: Callable[[list[int], PackedBatch, Tensor], None],
+) -> None:
+    """Give `take` each microbatch: which sequences, how they are packed, the model's output.
 
-    Prompts that are shared stand beside each other, so sequences may come in another order.
+    Prompts that are shared stand beside each other, so sequences may come in another order. Where
+    memory ends, microbatches become smaller and a sequence may come again.
     """
     device = next(model.parameters()).device
     prompts = None
     if prompt_lens is not None and share_prefix:
         prompts = [s[:length] for s, length in zip(sequences, prompt_lens, strict=True)]
-    for rows in split_by_tokens([len(s) for s in sequences], max_tokens, prompts):
+
+    def run(rows: list[int]) -> None:
         batch = pack_sequences(
             [sequences[i] for i in rows], device, share_prefix=share_prefix,
             prompt_lens=None if prompt_lens is None else [prompt_lens[i] for i in rows])
-        yield rows, batch, model(batch.token_ids, batch.positions, PackedAttention.of(batch))
+        take(rows, batch, model(batch.token_ids, batch.positions, PackedAttention.of(batch)))
+
+    run_in_passes([len(s) for s in sequences], max_tokens, run, "scoring", prompts)
 
 
 def _responses(
@@ -69,19 +69,21 @@ def _responses(
     return (members[places], times), rows, targets
 
 
-def _response_passes(
-    model: CausalLM | ScalarModel, rollout: Rollout, max_tokens: int, share_prefix: bool
-) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor, Tensor]]:
-    """Microbatches of a rollout.
+def _run_response_passes(
+    model: CausalLM | ScalarModel, rollout: Rollout, max_tokens: int, share_prefix: bool,
+    take: Callable[[tuple[Tensor, Tensor], Tensor, Tensor], None],
+) -> None:
+    """Give `take` each microbatch of a rollout.
 
-    Yields:
-        Where its M response tokens lie in [B, T]; the tokens [M]; the model's output [M, ...] at
-        the token before each.
+    These are: where its M response tokens lie in [B, T]; the tokens [M]; the model's output
+    [M, ...] at the token before each.
     """
-    for group, batch, output in _passes(model, _sequences(rollout), rollout.prompt_lens.tolist(),
-                                        max_tokens, share_prefix):
+    def take_responses(group: list[int], batch: PackedBatch, output: Tensor) -> None:
         where, rows, targets = _responses(rollout, group, batch)
-        yield where, batch.token_ids[targets], output[rows]
+        take(where, batch.token_ids[targets], output[rows])
+
+    _run_passes(model, _sequences(rollout), rollout.prompt_lens.tolist(), max_tokens, share_prefix,
+                take_responses)
 
 
 def _sequences(rollout: Rollout) -> list[list[int]]:
@@ -106,10 +108,13 @@ def response_logprobs(
     with inference(model) as device:
         logprobs = torch.zeros(rollout.response_mask.shape, device=device)
         entropy = torch.zeros_like(logprobs)
-        for where, token_ids, hidden in _response_passes(model, rollout, max_tokens, share_prefix):
+
+        def take(where: tuple[Tensor, Tensor], token_ids: Tensor, hidden: Tensor) -> None:
             taken, spread = model.lm_head(hidden, linear_logprobs, token_ids,
                                           temperature=temperature)
             logprobs[where], entropy[where] = taken.float(), spread.float()
+
+        _run_response_passes(model, rollout, max_tokens, share_prefix, take)
     return logprobs, entropy
 
 
@@ -129,8 +134,11 @@ def response_values(
     """
     with inference(model) as device:
         values = torch.zeros(rollout.response_mask.shape, device=device)
-        for where, _, output in _response_passes(model, rollout, max_tokens, share_prefix):
+
+        def take(where: tuple[Tensor, Tensor], _: Tensor, output: Tensor) -> None:
             values[where] = output.float()
+
+        _run_response_passes(model, rollout, max_tokens, share_prefix, take)
     return values
 
 
@@ -167,16 +175,19 @@ def read_trunk(
         values = torch.zeros(rollout.response_mask.shape, device=device)
         scores = torch.zeros(rollout.batch_size, device=device)
         states, lengths = dict[int, Tensor](), rollout.response_lens.tolist()
-        for group, batch, hidden in _passes(trunk, _sequences(rollout),
-                                            rollout.prompt_lens.tolist(), max_tokens, share_prefix):
+
+        def take(group: list[int], batch: PackedBatch, hidden: Tensor) -> None:
             where, rows, _ = _responses(rollout, group, batch)
             read = hidden[rows]
             values[where] = value_head(read).float()
             if score_head is not None:
                 scores[group] = score_head(hidden[batch.ends]).float()
             if keeps_states:
-                states |= zip(group, torch.split(read, [lengths[i] for i in group]),
-                              strict=True)
+                states.update(zip(group, torch.split(read, [lengths[i] for i in group]),
+                                  strict=True))
+
+        _run_passes(trunk, _sequences(rollout), rollout.prompt_lens.tolist(), max_tokens,
+                    share_prefix, take)
     return TrunkReading(values, None if score_head is None else scores,
                         [states[i] for i in range(len(lengths))] if keeps_states else None)
 
@@ -211,7 +222,9 @@ def sequence_scores(
     """
     with inference(model) as device:
         scores = torch.zeros(len(sequences), device=device)
-        for rows, batch, output in _passes(model, sequences, prompt_lens, max_tokens,
-                                           share_prefix):
+
+        def take(rows: list[int], batch: PackedBatch, output: Tensor) -> None:
             scores[rows] = output[batch.ends].float()
+
+        _run_passes(model, sequences, prompt_lens, max_tokens, share_prefix, take)
         return scores

@@ -16,6 +16,7 @@ from fastrl.errors import ConfigError, DataError, NumericsError
 from fastrl.models.attention import PackedAttention
 from fastrl.models.causal_lm import CausalLM, ScalarModel
 from fastrl.ops import linear_cross_entropy
+from fastrl.out_of_memory import run_in_passes
 from fastrl.packing import PackedBatch, pack_sequences, predict_rows, split_by_tokens
 from fastrl.types import TokenExample
 
@@ -232,9 +233,13 @@ def evaluate_token_loss(
 ) -> float:
     """Token-mean loss of held-out examples, in eval mode; nats per token."""
     count = num_targets(examples)
+    shares: list[float] = []
+
+    def run(rows: list[int]) -> None:
+        shares.append(float(token_loss(model, [examples[i] for i in rows], count)))
+
     with mode(model, train=False):
-        shares = [float(token_loss(model, [examples[i] for i in rows], count))
-                  for rows in split_by_tokens([len(e.token_ids) for e in examples], max_tokens)]
+        run_in_passes([len(e.token_ids) for e in examples], max_tokens, run, "held-out loss")
     return math.fsum(shares)
 
 

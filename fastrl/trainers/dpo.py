@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ from fastrl.metrics import PhaseTimer, RunFolder, peak_memory_gib
 from fastrl.models.causal_lm import CausalLM
 from fastrl.ops import linear_logprobs
 from fastrl.optim import AdamW, Schedule, clip_scale
-from fastrl.packing import predict_rows, split_by_tokens
+from fastrl.out_of_memory import run_in_passes
+from fastrl.packing import predict_rows
+from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import (
     Progress,
     SilentProgress,
@@ -106,6 +109,7 @@ class DPOTrainer:
         self.eval = self._with_reference(source, held_out)
         self.steps_per_epoch = -(-len(fitting) // config.batch_size)
         self.num_steps = config.max_steps or self.steps_per_epoch * config.num_epochs
+        self.budget = TokenBudget(config)
         self.schedule = Schedule.from_config(config, self.num_steps)
         prepare_backbone(policy, config)
         self.optimizer = AdamW.from_config(policy.parameters(), config)
@@ -118,13 +122,16 @@ class DPOTrainer:
         if self.config.reference == "none":
             return [DPOExample(c, (0.0,) * len(c.completions)) for c in comparisons]
         examples: list[DPOExample] = []
+
+        def run(rows: list[int]) -> None:
+            group = [comparisons[i] for i in rows]
+            logprobs = iter(self._logprobs(reference, group).tolist())
+            examples.extend(DPOExample(c, tuple(next(logprobs) for _ in c.completions))
+                            for c in group)
+
         with mode(reference, train=False), torch.no_grad():
-            for rows in split_by_tokens(group_lengths(comparisons, self.config.share_prefix),
-                                        self.config.max_tokens_per_microbatch):
-                group = [comparisons[i] for i in rows]
-                logprobs = iter(self._logprobs(reference, group).tolist())
-                examples += [DPOExample(c, tuple(next(logprobs) for _ in c.completions))
-                             for c in group]
+            run_in_passes(group_lengths(comparisons, self.config.share_prefix),
+                          self.config.max_tokens_per_microbatch, run, "reference log-probs")
         return examples
 
     def _logprobs(self, model: CausalLM, comparisons: Sequence[Comparison]) -> Tensor:
@@ -139,16 +146,25 @@ class DPOTrainer:
         batch = [self.examples[i] for i in rows]
         learning_rate = self.schedule(self.num_finished)
         self.optimizer.zero_grad()
-        metrics = self.backward(batch)
-        metrics["grad/norm"], scale = clip_scale(self.optimizer.parameters, config.max_grad_norm)
+        metrics, scale = self.budget.run(
+            partial(self._gradients, batch), self.optimizer,
+            group_lengths([example.comparison for example in batch]))
         check_finite(number, metrics)
         self.optimizer.step(learning_rate, scale)
         self.num_finished = number
-        return metrics | {
+        return metrics | self.budget.metrics() | {
             "lr/model": learning_rate,
             "data/epoch": number / self.steps_per_epoch,
             "memory/peak_gib": peak_memory_gib(next(self.policy.parameters()).device),
         } | timer.metrics(sum(group_lengths([example.comparison for example in batch])))
+
+    def _gradients(
+        self, batch: Sequence[DPOExample], config: DPOConfig
+    ) -> tuple[dict[str, float], Tensor | None]:
+        """Metrics of a minibatch and the scale that clips its gradients, which are added up."""
+        metrics = self.backward(batch, config)
+        metrics["grad/norm"], scale = clip_scale(self.optimizer.parameters, config.max_grad_norm)
+        return metrics, scale
 
     def train(self, progress: Progress | None = None) -> None:
         """Every step that is left, with evaluations."""
@@ -168,11 +184,17 @@ class DPOTrainer:
                 self.run.log(step, metrics)
             progress.update(step, metrics)
 
-    def backward(self, batch: Sequence[DPOExample]) -> dict[str, float]:
+    def backward(
+        self, batch: Sequence[DPOExample], config: DPOConfig | None = None
+    ) -> dict[str, float]:
         """Add the gradient of a minibatch's loss to the policy; return its metrics.
 
             loss = mean over prompts of the mean over their pairs of dpo_loss
+
+        Args:
+            config: Its token budget counts; None: the trainer's.
         """
+        config = config or self.config
         parts: list[dict[str, float]] = []
 
         def share(rows: list[int]) -> Tensor:
@@ -182,19 +204,22 @@ class DPOTrainer:
 
         with mode(self.policy, train=False):
             accumulate(group_lengths([example.comparison for example in batch],
-                                     self.config.share_prefix),
-                       self.config.max_tokens_per_microbatch, share)
+                                     config.share_prefix),
+                       config.max_tokens_per_microbatch, share)
         return _sum_by_name(parts)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The metrics of the held-out rankings under names of their own; empty without any."""
-        parts = []
+        parts: list[dict[str, float]] = []
+
+        def run(rows: list[int]) -> None:
+            parts.append(self._loss([self.eval[i] for i in rows], len(self.eval))[1])
+
         with mode(self.policy, train=False):
-            for rows in split_by_tokens(group_lengths([e.comparison for e in self.eval],
-                                                      self.config.share_prefix),
-                                        self.config.max_tokens_per_microbatch):
-                parts.append(self._loss([self.eval[i] for i in rows], len(self.eval))[1])
+            run_in_passes(
+                group_lengths([e.comparison for e in self.eval], self.config.share_prefix),
+                self.config.max_tokens_per_microbatch, run, "held-out loss")
         return {f"{name}_eval": value for name, value in _sum_by_name(parts).items()}
 
     def _loss(

@@ -10,7 +10,8 @@ from fastrl.engine import Engine
 from fastrl.engine.difference import first_difference
 from fastrl.models.causal_lm import CausalLM
 from fastrl.ops import linear_logprobs
-from fastrl.packing import predict_rows, split_by_tokens
+from fastrl.out_of_memory import run_in_passes
+from fastrl.packing import predict_rows
 from fastrl.trainers.common import derive_seed, epoch_permutation, packed_forward
 from fastrl.types import Rollout
 
@@ -33,8 +34,8 @@ def update_logprobs(policy: CausalLM, rollout: Rollout, config: PPOConfig) -> Te
     sequences = [rollout.sequence(i) for i in range(rollout.batch_size)]
     prompt_lens = rollout.prompt_lens.tolist()
     prompts = [s[:n] for s, n in zip(sequences, prompt_lens, strict=True)]
-    for rows in split_by_tokens([len(s) for s in sequences], config.max_tokens_per_microbatch,
-                                prompts if config.share_prefix else None):
+
+    def run(rows: list[int]) -> None:
         hidden, packed = packed_forward(
             policy, [sequences[i] for i in rows], [prompt_lens[i] for i in rows],
             share_prefix=config.share_prefix)
@@ -44,6 +45,9 @@ def update_logprobs(policy: CausalLM, rollout: Rollout, config: PPOConfig) -> Te
         part = torch.zeros_like(logprobs[rows])
         part[mask[rows]] = taken.float()
         logprobs[rows] = part
+
+    run_in_passes([len(s) for s in sequences], config.max_tokens_per_microbatch, run,
+                  "recomputed log-probs", prompts if config.share_prefix else None)
     return logprobs
 
 

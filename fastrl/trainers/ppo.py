@@ -28,6 +28,7 @@ from fastrl.models.scoring import response_logprobs
 from fastrl.ops import shape_rewards
 from fastrl.optim import AdamW, Schedule, clip_scale
 from fastrl.rewards import RewardModelScorer, Scorer, TextDecoder, adjust_scores, decode_response
+from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import (
     Progress,
     SilentProgress,
@@ -135,6 +136,7 @@ class PPOTrainer:
         self.reference = reference
         for model in (policy, critic):
             prepare_backbone(model, config)
+        self.budget = TokenBudget(config)
         self.engine = Engine(policy, config.engine, encoder=encoder)
         if config.engine.exact:
             warn_of_failures(policy)
@@ -355,23 +357,51 @@ class PPOTrainer:
         if not self._trains_jointly:
             with self._phase(timer, "critic_update"):
                 metrics |= mean_by_name([self._step_critic(batch, rows) for rows in minibatches])
-        return metrics | {"update/num_minibatches": float(len(minibatches))}
+        return metrics | self.budget.metrics() | {
+            "update/num_minibatches": float(len(minibatches))}
 
     def _update_policy(
         self, batch: PPOBatch, minibatches: Sequence[list[int]]
     ) -> tuple[dict[str, float], int]:
         """Steps of the policy until approximate KL is too large; metrics, and how many steps."""
-        config, done = self.config, list[dict[str, float]]()
+        max_approx_kl, done = self.config.max_approx_kl, list[dict[str, float]]()
         for number, rows in enumerate(minibatches):
-            metrics = backward_policy(
-                self.policy, batch, rows, config, measures_ratio=number == 0,
-                value_head=self.critic.head if self._trains_jointly else None)
-            if config.max_approx_kl is not None and metrics["kl/approx"] > config.max_approx_kl:
+            windows = self._ptx_windows(len(rows))
+            lengths = [len(batch.sequences[i]) for i in rows] + [len(w.token_ids) for w in windows]
+            metrics, scale = self.budget.run(
+                partial(self._policy_gradients, batch, rows, windows, number == 0),
+                self.policy_optimizer, lengths)
+            if max_approx_kl is not None and metrics["kl/approx"] > max_approx_kl:
                 self.policy_optimizer.zero_grad()
                 done.append({"kl/approx": metrics["kl/approx"]})
                 return mean_by_name(done), number
-            done.append(metrics | self._step_policy(rows, metrics))
+            self.num_ptx_windows += len(windows)
+            done.append(metrics | self._step_policy(rows, metrics, scale))
         return mean_by_name(done), len(minibatches)
+
+    def _ptx_windows(self, num_rows: int) -> list[TokenExample]:
+        """The pretraining windows beside `num_rows` responses."""
+        if self.config.ptx_coef == 0:
+            return []
+        return [self.ptx[i] for i in stream_indices(
+            len(self.ptx), derive_seed(self.config.seed, "ptx"), self.num_ptx_windows,
+            round(self.config.ptx_ratio * num_rows))]
+
+    def _policy_gradients(
+        self, batch: PPOBatch, rows: list[int], windows: Sequence[TokenExample],
+        measures_ratio: bool, config: PPOConfig,
+    ) -> tuple[dict[str, float], Tensor | None]:
+        """Gradients of policy loss and pretraining in the same buffers: metrics, clipping scale."""
+        metrics = backward_policy(self.policy, batch, rows, config, measures_ratio=measures_ratio,
+                                  value_head=self.critic.head if self._trains_jointly else None)
+        if config.max_approx_kl is not None and metrics["kl/approx"] > config.max_approx_kl:
+            return metrics, None
+        if windows:
+            metrics["loss/ptx"] = backward_token_loss(
+                self.policy, windows, config.max_tokens_per_microbatch, weight=config.ptx_coef)
+        metrics["grad/policy_norm"], scale = clip_scale(self.policy_optimizer.parameters,
+                                                        config.max_grad_norm)
+        return metrics, scale
 
     def _minibatches(self, batch_size: int) -> Iterator[list[int]]:
         """Rows of each minibatch of the iteration, in seeded order, every row once per epoch."""
@@ -381,37 +411,38 @@ class PPOTrainer:
             for begin in range(0, batch_size, self.config.minibatch_size):
                 yield order[begin:begin + self.config.minibatch_size]
 
-    def _step_policy(self, rows: list[int], metrics: dict[str, float]) -> dict[str, float]:
-        """Add the pretraining gradient to the same buffers, clip, step, follow with the average."""
-        config, result = self.config, dict[str, float]()
-        if config.ptx_coef > 0:
-            count = round(config.ptx_ratio * len(rows))
-            windows = stream_indices(len(self.ptx), derive_seed(config.seed, "ptx"),
-                                     self.num_ptx_windows, count)
-            self.num_ptx_windows += count
-            result["loss/ptx"] = backward_token_loss(
-                self.policy, [self.ptx[i] for i in windows], config.max_tokens_per_microbatch,
-                weight=config.ptx_coef)
-        result["grad/policy_norm"], scale = clip_scale(self.policy_optimizer.parameters,
-                                                       config.max_grad_norm)
-        check_update_finite(self.iteration, rows, metrics | result)
+    def _step_policy(
+        self, rows: list[int], metrics: dict[str, float], scale: Tensor | None
+    ) -> dict[str, float]:
+        """One step with the gradients that are there; follow with the average."""
+        check_update_finite(self.iteration, rows, metrics)
         # The policy's warmup begins when the policy does, after the critic's own iterations.
-        learning_rate = self.policy_schedule(self.iteration - config.num_critic_warmup_iterations)
+        learning_rate = self.policy_schedule(
+            self.iteration - self.config.num_critic_warmup_iterations)
         self.policy_optimizer.step(learning_rate, scale)
         self.policy_optimizer.zero_grad()
         self.weights.follow()
-        return result | {"lr/policy": learning_rate}
+        return {"lr/policy": learning_rate}
 
     def _step_critic(self, batch: PPOBatch, rows: list[int]) -> dict[str, float]:
         """One optimiser step of the critic: its own gradient, clip norm and learning rate."""
-        metrics = backward_critic(self.critic, batch, rows, self.config)
-        metrics["grad/critic_norm"], scale = clip_scale(self.critic_optimizer.parameters,
-                                                        self.config.critic_max_grad_norm)
+        metrics, scale = self.budget.run(
+            partial(self._critic_gradients, batch, rows), self.critic_optimizer,
+            [len(batch.sequences[i]) for i in rows])
         check_update_finite(self.iteration, rows, metrics)
         learning_rate = self.critic_schedule(self.iteration)
         self.critic_optimizer.step(learning_rate, scale)
         self.critic_optimizer.zero_grad()
         return metrics | {"lr/critic": learning_rate}
+
+    def _critic_gradients(
+        self, batch: PPOBatch, rows: list[int], config: PPOConfig
+    ) -> tuple[dict[str, float], Tensor | None]:
+        """Gradients of the value loss of a minibatch: metrics, clipping scale."""
+        metrics = backward_critic(self.critic, batch, rows, config)
+        metrics["grad/critic_norm"], scale = clip_scale(self.critic_optimizer.parameters,
+                                                        config.critic_max_grad_norm)
+        return metrics, scale
 
     def _is_evaluation_due(self) -> bool:
         """At every multiple of `eval_steps`, and after the last iteration."""

@@ -10,7 +10,7 @@ import logging
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from fastrl.models.causal_lm import ScalarModel
 from fastrl.models.scoring import sequence_scores
 from fastrl.ops import RankingStats, ranking_loss
 from fastrl.optim import AdamW, Schedule, clip_scale
+from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import (
     Progress,
     SilentProgress,
@@ -87,6 +88,7 @@ class RewardTrainer:
         self.steps_per_epoch = -(-len(self.comparisons) // config.batch_size)
         self.num_steps = config.max_steps or self.steps_per_epoch * config.num_epochs
         prepare_backbone(model, config)
+        self.budget = TokenBudget(config)
         self.schedule = Schedule.from_config(config, self.num_steps)
         self.optimizer = AdamW.from_config(model.parameters(), config)
         self.num_finished = 0
@@ -99,17 +101,24 @@ class RewardTrainer:
         batch = [self.comparisons[i] for i in rows]
         learning_rate = self.schedule(self.num_finished)
         self.optimizer.zero_grad()
-        metrics = backward_ranking_loss(self.model, batch, config)
-        metrics["grad/norm"], scale = clip_scale(self.optimizer.parameters,
-                                                 config.max_grad_norm)
+        metrics, scale = self.budget.run(
+            partial(self._gradients, batch), self.optimizer, group_lengths(batch))
         check_finite(number, metrics)
         self.optimizer.step(learning_rate, scale)
         self.num_finished = number
-        return metrics | {
+        return metrics | self.budget.metrics() | {
             "lr/model": learning_rate,
             "data/epoch": number / self.steps_per_epoch,
             "memory/peak_gib": peak_memory_gib(next(self.model.parameters()).device),
         } | timer.metrics(sum(group_lengths(batch)))
+
+    def _gradients(
+        self, batch: Sequence[Comparison], config: RewardConfig
+    ) -> tuple[dict[str, float], Tensor | None]:
+        """Metrics of a minibatch and the scale that clips its gradients, which are added up."""
+        metrics = backward_ranking_loss(self.model, batch, config)
+        metrics["grad/norm"], scale = clip_scale(self.optimizer.parameters, config.max_grad_norm)
+        return metrics, scale
 
     def train(self, progress: Progress | None = None) -> None:
         """Every step that is left, the shift, and the report on the held-out rankings."""

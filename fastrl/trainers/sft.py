@@ -11,6 +11,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fastrl.metrics import PhaseTimer, RunFolder, peak_memory_gib, write_atomic
 from fastrl.models.causal_lm import CausalLM
 from fastrl.models.weights import load_causal_lm, save_causal_lm
 from fastrl.optim import AdamW, Schedule, clip_scale
+from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import (
     Progress,
     SilentProgress,
@@ -96,6 +98,7 @@ class SFTTrainer:
         self.eval_points = _eval_points(self.num_steps, config.eval_steps or self.steps_per_epoch)
         self.candidate_points = _spread(self.eval_points, config.num_candidates)
         prepare_backbone(model, config)
+        self.budget = TokenBudget(config)
         self.schedule = Schedule.from_config(config, self.num_steps)
         self.optimizer = AdamW.from_config(model.parameters(), config)
         self.num_finished = self._num_examples = self._num_windows = 0
@@ -104,28 +107,36 @@ class SFTTrainer:
 
     def step(self) -> dict[str, float]:
         """One optimiser step; returns its metrics."""
-        config, timer, number = self.config, PhaseTimer(), self.num_finished + 1
+        timer, number = PhaseTimer(), self.num_finished + 1
         examples, windows = self._next_batch()
         learning_rate = self.schedule(self.num_finished)
         self.optimizer.zero_grad()
+        lengths = [len(e.token_ids) for e in (*examples, *windows)]
+        metrics, scale = self.budget.run(
+            partial(self._gradients, number, examples, windows), self.optimizer, lengths)
+        check_finite(number, metrics)
+        self.optimizer.step(learning_rate, scale)
+        self.num_finished = number
+        return metrics | self.budget.metrics() | {
+            "lr/model": learning_rate,
+            "data/epoch": number / self.steps_per_epoch,
+            "data/target_tokens": float(num_targets(examples)),
+            "memory/peak_gib": peak_memory_gib(next(self.model.parameters()).device),
+        } | timer.metrics(sum(lengths))
+
+    def _gradients(
+        self, number: int, examples: Sequence[TokenExample], windows: Sequence[TokenExample],
+        config: SFTConfig,
+    ) -> tuple[dict[str, float], Tensor | None]:
+        """Metrics of step `number` and the scale that clips its gradients, which are added up."""
         with self._training(number):
             loss = backward_token_loss(self.model, examples, config.max_tokens_per_microbatch)
             metrics = {"loss/train": loss}
             if windows:
                 metrics["loss/ptx"] = backward_token_loss(
                     self.model, windows, config.max_tokens_per_microbatch, config.ptx_coef)
-        metrics["grad/norm"], scale = clip_scale(self.optimizer.parameters,
-                                                 config.max_grad_norm)
-        check_finite(number, metrics)
-        self.optimizer.step(learning_rate, scale)
-        self.num_finished = number
-        num_tokens = sum(len(e.token_ids) for e in (*examples, *windows))
-        return metrics | {
-            "lr/model": learning_rate,
-            "data/epoch": number / self.steps_per_epoch,
-            "data/target_tokens": float(num_targets(examples)),
-            "memory/peak_gib": peak_memory_gib(next(self.model.parameters()).device),
-        } | timer.metrics(num_tokens)
+        metrics["grad/norm"], scale = clip_scale(self.optimizer.parameters, config.max_grad_norm)
+        return metrics, scale
 
     def train(self, progress: Progress | None = None) -> None:
         """Every step that is left, with evaluations; then the selected weights."""

@@ -1,12 +1,11 @@
 """Allocations that fail in a rollout: fewer pages and sequences at a time, the same responses."""
 
-from collections.abc import Callable
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastrl.config import EngineConfig, SamplingConfig
 from fastrl.engine import Engine
@@ -23,26 +22,8 @@ PROMPTS = [[3, 9, 4], [7, 1], [5, 5, 5, 5]]
 SAMPLING = SamplingConfig(max_new_tokens=4, stop_token_ids=(1, 2))
 FIELDS = ("token_ids", "cu_seqlens", "response_ids", "response_mask", "rollout_logprobs",
           "entropy")
-
-
-class FailingAllocations(TorchDispatchMode):
-    """Raises torch.OutOfMemoryError from inside the ops that take new memory, numbered from 0."""
-
-    def __init__(self, fails: Callable[[int], bool]) -> None:
-        super().__init__()
-        self.count = 0
-        self._fails = fails
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs or {}))
-                 if isinstance(x, torch.Tensor)}
-        if any(isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given
-               for x in tree_leaves(out)):
-            number, self.count = self.count, self.count + 1
-            if self._fails(number):
-                raise torch.OutOfMemoryError(f"allocation {number}, of {func}")
-        return out
+FailingAllocations: Any = runpy.run_path(
+    str(Path(__file__).parents[1] / "failing_allocations.py"))["FailingAllocations"]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from fastrl.parsing import parse_config
 from fastrl.rewards import RewardModelScorer
 from fastrl.trainers.common import packed_forward
 from fastrl.trainers.ppo import PPOTrainer
-from fastrl.trainers.ppo_update import PPOBatch, backward_policy, mean_by_name
+from fastrl.trainers.ppo_update import PPOBatch, mean_by_name
 
 IN_TURNS: dict[str, dict[str, Any]] = {
     "ptx": {"ptx_coef": 0.5, "ema_decay": 0.9},
@@ -33,18 +33,21 @@ def update_in_turns(trainer: PPOTrainer, batch: PPOBatch) -> dict[str, float]:
     for number, rows in enumerate(trainer._minibatches(batch.rollout.batch_size)):
         metrics: dict[str, float] = {}
         if trainer._trains_policy:
-            metrics = backward_policy(trainer.policy, batch, rows, trainer.config,
-                                      measures_ratio=number == 0)
+            windows = trainer._ptx_windows(len(rows))
+            metrics, scale = trainer._policy_gradients(batch, rows, windows, number == 0,
+                                                       trainer.config)
             limit = trainer.config.max_approx_kl
             if limit is not None and metrics["kl/approx"] > limit:
                 trainer.policy_optimizer.zero_grad()
                 done.append({"kl/approx": metrics["kl/approx"]})
                 break
-            metrics |= trainer._step_policy(rows, metrics)
+            trainer.num_ptx_windows += len(windows)
+            metrics |= trainer._step_policy(rows, metrics, scale)
         metrics |= trainer._step_critic(batch, rows)
         done.append(metrics)
         num_steps += 1
-    return mean_by_name(done) | {"update/num_minibatches": float(num_steps)}
+    return mean_by_name(done) | trainer.budget.metrics() | {
+        "update/num_minibatches": float(num_steps)}
 
 
 @pytest.mark.parametrize("variant", IN_TURNS)

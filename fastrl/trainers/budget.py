@@ -1,0 +1,67 @@
+"""The token budget of a run's microbatches, halved where memory ends."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Generic, TypeVar
+
+from fastrl.config import TrainConfig
+from fastrl.optim import AdamW
+from fastrl.out_of_memory import is_out_of_memory, too_long
+
+logger = logging.getLogger("fastrl")
+
+Config = TypeVar("Config", bound=TrainConfig)
+Result = TypeVar("Result")
+
+
+class TokenBudget(Generic[Config]):
+    """Runs minibatches; after one that found no memory, microbatches stay half as large.
+
+    Args:
+        config: `max_tokens_per_microbatch` is what the run begins with.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        """The run's settings with the budget as it is now."""
+
+    def run(
+        self, attempt: Callable[[Config], Result], optimizer: AdamW, lengths: Sequence[int]
+    ) -> Result:
+        """What `attempt` returns, which adds up the gradients of one whole minibatch.
+
+        Where memory ends, all gradients are dropped and the minibatch is repeated with half the
+        budget. The loss of a minibatch does not depend on the budget.
+
+        Args:
+            attempt: Given the settings; keeps nothing from one attempt to the next.
+            optimizer: Of the gradients.
+            lengths: Tokens of the rows of the minibatch.
+        Raises:
+            DeviceMemoryError: when there is no memory for a row alone, twice in turn.
+        """
+        num_failures_alone = 0
+        while True:
+            try:
+                return attempt(self.config)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                tokens = self.config.max_tokens_per_microbatch
+                is_alone = len(lengths) == 1 or tokens < min(lengths)
+                num_failures_alone += is_alone
+                if num_failures_alone > 1:
+                    raise too_long("update", max(lengths)) from error
+            # Outside the handler: its traceback holds on to what the attempt has made.
+            optimizer.zero_grad()
+            if not is_alone:
+                tokens = max(1, min(tokens, sum(lengths)) // 2)
+                self.config = replace(self.config, max_tokens_per_microbatch=tokens)
+                logger.warning("update: no memory for a microbatch; the minibatch is repeated with "
+                               "max_tokens_per_microbatch %d, which stays; gradients are the same",
+                               tokens)
+
+    def metrics(self) -> dict[str, float]:
+        """The budget, under the name that it is logged as."""
+        return {"memory/max_tokens_per_microbatch": float(self.config.max_tokens_per_microbatch)}

@@ -1,0 +1,221 @@
+"""Allocations that fail in scoring and in the update: smaller passes, the same numbers."""
+
+import copy
+import math
+import runpy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastrl.config import DPOConfig, RewardConfig, SFTConfig
+from fastrl.errors import DeviceMemoryError
+from fastrl.models.causal_lm import scalar_from_causal
+from fastrl.models.scoring import response_logprobs, response_scores, response_values
+from fastrl.optim import AdamW
+from fastrl.trainers.budget import TokenBudget
+from fastrl.trainers.common import evaluate_token_loss
+from fastrl.trainers.dpo import DPOTrainer
+from fastrl.trainers.reward import RewardTrainer
+from fastrl.trainers.sft import SFTTrainer
+from fastrl.types import Comparison, TokenExample
+
+FailingAllocations: Any = runpy.run_path(
+    str(Path(__file__).parents[1] / "failing_allocations.py"))["FailingAllocations"]
+EXAMPLES = [TokenExample(tuple(range(2, 5 + i)), (False, *[True] * (2 + i))) for i in range(4)]
+RANKINGS = [Comparison((2, 3), ((4, 5, 1), (6, 1), (7, 8, 9, 1)), (0, 1, 2)),
+            Comparison((5,), ((9, 1), (3, 4, 1)), (1, 0))]
+
+
+def _ppo(task: SimpleNamespace, **settings: Any) -> tuple[Any, list[torch.nn.Module]]:
+    trainer = task.make_trainer(
+        inputs={"ptx": task.PTX}, ptx_coef=1.0, ptx_ratio=0.5, num_iterations=1,
+        num_samples_per_prompt=2, max_tokens_per_microbatch=64, **settings)
+    return trainer, [trainer.policy, trainer.critic]
+
+
+def _sft(task: SimpleNamespace, **settings: Any) -> tuple[Any, list[torch.nn.Module]]:
+    model = task.tiny_model()
+    trainer = SFTTrainer(
+        SFTConfig(**{"batch_size": 4, "max_tokens_per_microbatch": 64, "learning_rate": 1e-3,
+                     "ptx_ratio": 0.5, "residual_dropout": 0.0, "select_by": "last", **settings}),
+        model, EXAMPLES, ptx=task.PTX)
+    return trainer, [model]
+
+
+def _reward(task: SimpleNamespace) -> tuple[Any, list[torch.nn.Module]]:
+    model = scalar_from_causal(task.tiny_model(), 0)
+    config = RewardConfig(batch_size=2, max_tokens_per_microbatch=64, learning_rate=1e-3)
+    return RewardTrainer(config, model, RANKINGS), [model]
+
+
+def _dpo(task: SimpleNamespace) -> tuple[Any, list[torch.nn.Module]]:
+    model = task.tiny_model()
+    config = DPOConfig(batch_size=2, max_tokens_per_microbatch=64, learning_rate=1e-3)
+    return DPOTrainer(config, model, RANKINGS), [model]
+
+
+def _fail_in_updates(monkeypatch: pytest.MonkeyPatch, failing: Any) -> None:
+    """Allocations fail inside attempts at a minibatch, and are counted there alone."""
+    run = TokenBudget.run
+
+    def watched(self: Any, attempt: Callable[[Any], Any], *arguments: Any) -> Any:
+        def attempt_watched(config: Any) -> Any:
+            with failing:
+                return attempt(config)
+
+        return run(self, attempt_watched, *arguments)
+
+    monkeypatch.setattr(TokenBudget, "run", watched)
+
+
+def _assert_close(models: Sequence[torch.nn.Module], before: Sequence[Sequence[Tensor]]) -> None:
+    for model, weights in zip(models, before, strict=True):
+        for new, old in zip(model.parameters(), weights, strict=True):
+            assert float((new.detach() - old).norm()) <= 1e-5 * float(old.norm())
+
+
+def _same_step(
+    make: Callable[[SimpleNamespace], tuple[Any, list[torch.nn.Module]]], task: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch, num_points: int,
+) -> None:
+    """One allocation fails in a step of a new trainer, at `num_points` places in turn."""
+    trainer, models = make(task)
+    counted = FailingAllocations(lambda number: False)
+    with monkeypatch.context() as patch:
+        _fail_in_updates(patch, counted)
+        expected = trainer.step()
+    weights = [task.weights_of(model) for model in models]
+    stride = max(1, counted.count // num_points)
+    for n in range(0, counted.count, stride):
+        trainer, models = make(task)
+        with monkeypatch.context() as patch:
+            _fail_in_updates(patch, FailingAllocations(lambda number, n=n: number == n))
+            metrics = trainer.step()
+        _assert_close(models, weights)
+        assert metrics["memory/max_tokens_per_microbatch"] < 64
+        for name, value in expected.items():
+            if name.partition("/")[0] not in ("time", "throughput", "memory"):
+                assert math.isclose(metrics[name], value, rel_tol=1e-4, abs_tol=1e-5), name
+
+
+@pytest.mark.parametrize("make", [_ppo, _sft, _reward, _dpo])
+def test_allocations_of_an_update_may_fail(
+    make: Any, task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _same_step(make, task, monkeypatch, num_points=8)
+
+
+@pytest.mark.slow  # minutes
+@pytest.mark.parametrize("make", [_ppo, _sft, _reward, _dpo])
+def test_every_allocation_of_an_update_may_fail(
+    make: Any, task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _same_step(make, task, monkeypatch, num_points=10**6)
+
+
+def test_dropout_draws_the_same_masks_again(
+    task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that is alone is repeated as it was, so that bits tell."""
+    settings = {"batch_size": 1, "ptx_ratio": 0.0, "residual_dropout": 0.5}
+    trainer, (model,) = _sft(task, **settings)
+    trainer.step()
+    again, (other,) = _sft(task, **settings)
+    _fail_in_updates(monkeypatch, FailingAllocations(lambda number: number == 60))
+    again.step()
+    assert task.equal(task.weights_of(model), task.weights_of(other))
+    assert again.budget.config.max_tokens_per_microbatch == 64
+
+
+def test_the_lower_budget_stays_and_is_logged_once(
+    task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, _ = _sft(task, ptx_ratio=0.0, max_steps=2)
+    _fail_in_updates(monkeypatch, FailingAllocations(lambda number: number == 20))
+    # Rows of 3 to 6 tokens, 18 in all.
+    assert [trainer.step()["memory/max_tokens_per_microbatch"] for _ in range(2)] == [9.0, 9.0]
+    lines = [r.message for r in caplog.records if "no memory for a microbatch" in r.message]
+    assert len(lines) == 1 and "max_tokens_per_microbatch 9" in lines[0]
+
+
+def test_a_row_that_does_not_fit_alone_is_named(
+    task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, (model,) = _sft(task, ptx_ratio=0.0)
+    before = task.weights_of(model)
+    _fail_in_updates(monkeypatch, FailingAllocations(lambda number: number > 20))
+    with pytest.raises(DeviceMemoryError, match="update: .* none for one of 6 tokens; lower the "
+                                                "length limits"):
+        trainer.step()
+    assert task.equal(before, task.weights_of(model))
+
+
+def test_another_error_is_not_memory(task: SimpleNamespace) -> None:
+    model = task.tiny_model()
+
+    def attempt(config: SFTConfig) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        TokenBudget(SFTConfig()).run(attempt, AdamW(model.parameters()), [3])
+
+
+def test_a_cpu_without_memory_counts_too(task: SimpleNamespace) -> None:
+    """What torch raises there is a plain RuntimeError."""
+    seen: list[int] = []
+
+    def attempt(config: SFTConfig) -> int:
+        seen.append(config.max_tokens_per_microbatch)
+        if len(seen) == 1:
+            torch.empty(2**60)
+        return 5
+
+    budget = TokenBudget(SFTConfig(max_tokens_per_microbatch=100))
+    assert budget.run(attempt, AdamW(task.tiny_model().parameters()), [30, 40]) == 5
+    assert seen == [100, 35]
+
+
+def test_an_optimizer_step_without_memory_is_never_repeated(task: SimpleNamespace) -> None:
+    model = task.tiny_model()
+    optimizer = AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with (FailingAllocations(lambda number: number == 5),
+          pytest.raises(DeviceMemoryError, match="optimizer step: .* go on from what was saved")):
+        optimizer.step(1e-3)
+
+
+def test_allocations_of_scoring_may_fail(task: SimpleNamespace) -> None:
+    trainer, _ = _ppo(task)
+    rollout = trainer.engine.generate(
+        [p.token_ids for p in task.PROMPTS], trainer.config.sampling, num_samples_per_prompt=2)
+    model, scalar = task.tiny_model(seed=3), task.tiny_critic(task.tiny_model(seed=4))
+    passes: list[Callable[[], Any]] = [
+        lambda: torch.stack(response_logprobs(model, rollout, 0.7, 1000)),
+        lambda: response_values(scalar, rollout, 1000),
+        lambda: response_scores(scalar, rollout, 1000),
+        lambda: torch.tensor(evaluate_token_loss(model, task.PTX, 1000))]
+    for run in passes:
+        expected = run()
+        with FailingAllocations(lambda number: False) as counted:
+            run()
+        # The first and the last are the result itself, before and after every pass.
+        for n in range(3, counted.count - 2, max(1, counted.count // 8)):
+            with FailingAllocations(lambda number, n=n: number == n):
+                got = run()
+            assert float((got - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+def test_a_sequence_that_cannot_be_scored_alone_is_named(task: SimpleNamespace) -> None:
+    trainer, _ = _ppo(task)
+    rollout = trainer.engine.generate([[2, 3, 4, 5]], trainer.config.sampling)
+    scalar = copy.deepcopy(trainer.critic)
+    length = len(rollout.sequence(0))
+    with (FailingAllocations(lambda number: number > 10),
+          pytest.raises(DeviceMemoryError, match=f"scoring: .* none for one of {length} tokens")):
+        response_values(scalar, rollout, 1000)
