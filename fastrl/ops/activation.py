@@ -23,7 +23,9 @@ PREFERENCE = ("torch", "triton")
 def swiglu_reference(gate_up: Tensor) -> Tensor:
     """swiglu by torch."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    gated = torch.nn.functional.silu(gate)
+    needs_gated = gate_up.requires_grad and torch.is_grad_enabled()  # by the gradient of up
+    return gated * up if needs_gated else gated.mul_(up)
 
 
 def gelu_reference(x: Tensor, *, approximate: str = "none") -> Tensor:
