@@ -66,3 +66,11 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     nan: Tensor = torch.tensor([1.0, torch.nan])
     with pytest.raises(NumericsError, match="swiglu: expected x without NaN"):
         swiglu(nan)
+
+
+def test_swiglu_has_the_same_bits_without_a_gradient_and_leaves_its_input() -> None:
+    gate_up = torch.randn(33, 2 * 17)
+    kept = gate_up.clone()
+    with_gradient = swiglu(gate_up.clone().requires_grad_())
+    assert with_gradient.requires_grad and torch.equal(swiglu(gate_up), with_gradient)
+    assert torch.equal(gate_up, kept)

@@ -33,6 +33,16 @@ def test_golden() -> None:
     assert key.tolist() == [[[0.0, -4.0, 2.0, 0.0, 18.0]]]
 
 
+@pytest.mark.parametrize("R", [8, 4])
+def test_bits_are_the_same_with_and_without_a_gradient(R: int) -> None:
+    query, key, cos, sin = inputs(N=33, R=R)
+    kept = query.clone()
+    with_gradient = rotary(query.clone().requires_grad_(), key.clone().requires_grad_(), cos, sin)
+    for ours, theirs in zip(rotary(query, key, cos, sin), with_gradient, strict=True):
+        assert theirs.requires_grad and torch.equal(ours, theirs)
+    assert torch.equal(query, kept)
+
+
 def test_golden_with_norms() -> None:
     # Mean square 25 / 2, and with epsilon 3.5 it is 16: (0.75, 1) before the weights.
     x, cos, sin = torch.tensor([[[3.0, 4.0]]]), torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
