@@ -27,8 +27,9 @@ logger = logging.getLogger("fastrl")
 WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
 """A product that is cut along its inner dimension (split-K) keeps the parts in a workspace: eight
 buffers of 16 KiB and 1 KiB have no room for them. Read once, when CUDA starts."""
-ONE_KERNEL = {"packed_attention": "triton", "paged_attention": "triton", "sampling": "triton",
-              "linear_logprob": "triton", "linear_policy_loss": "triton"}
+ONE_KERNEL = {"packed_attention": "triton", "prefix_attention": "triton",
+              "paged_attention": "triton", "sampling": "triton", "linear_logprob": "triton",
+              "linear_policy_loss": "triton"}
 """File of an op -> backend that comes first on a GPU: attention in training and over pages share
 their inner loop there, sampler and loss their sum over the vocabulary."""
 

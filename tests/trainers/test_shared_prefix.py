@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastrl.backends import choose, prefer
+from fastrl.exactness.settings import ONE_KERNEL
 from fastrl.models.causal_lm import scalar_from_causal
 from fastrl.rewards import RewardModelScorer
 from fastrl.trainers.common import packed_forward
@@ -89,6 +91,14 @@ def test_log_probs_of_completions_share_their_prompt(task: SimpleNamespace) -> N
                      for share_prefix in (True, False))
     torch.testing.assert_close(shared, apart, rtol=0, atol=2e-6)
     assert seen == [10 + 4, 18 + 5]
+
+
+def test_exact_mode_takes_one_kernel_for_prompts_shared_or_not() -> None:
+    assert ONE_KERNEL["prefix_attention"] == ONE_KERNEL["packed_attention"]
+    with prefer(ONE_KERNEL):
+        taken = {op: choose(op, op, ("flash", "torch", "triton"), "cuda", torch.bfloat16)
+                 for op in ("packed_attention", "prefix_attention")}
+    assert len(set(taken.values())) == 1
 
 
 def test_a_pack_without_samples_of_one_prompt_has_the_same_bits(task: SimpleNamespace) -> None:
