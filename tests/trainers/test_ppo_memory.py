@@ -6,9 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastrl.config import EngineConfig, PPOConfig, SamplingConfig
 from fastrl.memory.residents import PARKABLE
+from fastrl.memory.shapes import shape_of_model
+from fastrl.memory.stages import Device, plan_ppo
 from fastrl.models.causal_lm import scalar_from_causal
 from fastrl.models.decoder import DecoderConfig, new_decoder
 from fastrl.rewards import RewardModelScorer
@@ -59,5 +62,13 @@ def test_each_phase_takes_the_memory_of_what_it_needs() -> None:
     trainer.step()
     # Rollout and each model of scoring: one; policy with its optimiser and average: four.
     assert [expected for _, _, expected in measured] == 2 * [1, 1, 1, 1, 1, 4, 3, 1]
+    # The plan says the same, for the models and states that may be parked.
+    plan = plan_ppo(trainer.config, shape_of_model("policy", policy), Device("cpu", 2**40,
+                                                                            torch.float32))
+    for name in ("rollout", "scoring", "policy_update", "critic_update"):
+        taken = max(t for step, t, _ in measured if step.startswith(name))
+        planned = sum(num_bytes for resident, num_bytes in plan.phases[name].items()
+                      if resident in PARKABLE)
+        assert abs(taken - planned / unit) < 0.3, (name, taken, planned / unit)
     worst = max(measured, key=lambda row: abs(row[1] - row[2]))
     assert all(abs(taken - expected) < 0.3 for _, taken, expected in measured), worst
