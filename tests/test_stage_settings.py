@@ -7,12 +7,14 @@ import json
 import pytest
 import torch
 
+from fastrl.config import SamplingConfig
 from fastrl.console import Console
 from fastrl.data import load_encoder, word_tokenizer
 from fastrl.errors import ModelError
 from fastrl.models import load_causal_lm, new_decoder, scalar_from_causal
 from fastrl.models.families import decoder_config
 from fastrl.models.weights import save_causal_lm, save_scalar_model
+from fastrl.report import write_report
 from fastrl.runs import EvaluateRun, PPORun, PretrainRun, RewardRun, SelectRun, SFTRun
 from fastrl.stages import run_stage
 from fastrl.stages.inputs import load_policy, load_reward_model
@@ -167,6 +169,24 @@ def test_ppo_without_a_reference_and_with_a_shared_trunk(place, monkeypatch, tru
     assert critic.backbone is (policy if trunk == "policy" else scorer.model).backbone
     assert critic.head.weight is not scorer.model.head.weight
     assert critic.head.weight.requires_grad
+
+
+@pytest.mark.parametrize("trunk", ["own", "reward", "policy"])
+def test_ppo_with_fewer_models_runs_to_its_report(place, trunk):
+    """Loaded from files and parked between phases; the value head is not part of what is saved."""
+    folder = run("ppo", PPORun(
+        **names(place, model_name_or_path="model", reward_model="judge"), reference="none",
+        kl_coef=0.0, critic_trunk=trunk, critic_init="policy" if trunk == "policy" else "reward",
+        parking="on", num_critic_warmup_iterations=1, num_iterations=2, rollout_batch_size=4,
+        minibatch_size=2, eval_steps=1, sampling=SamplingConfig(max_new_tokens=4),
+        prompts=(str(place / "prompts.jsonl"),), eval_prompts=(str(place / "eval.jsonl"),)))
+    seen = {name for line in (folder / "metrics.jsonl").read_text().splitlines()
+            for name in json.loads(line)}
+    assert {"eval/objective", "loss/policy", "loss/value", "lr/critic"} <= seen
+    assert not [name for name in seen if "policy_ref" in name or "kl/coef" in name]
+    saved, start = load_causal_lm(folder / "model"), load_causal_lm(place / "model")
+    assert saved.state_dict().keys() == start.state_dict().keys()
+    assert "eval/objective" in write_report(folder).read_text()
 
 
 def test_selection_and_evaluation_use_as_much_as_they_are_told(place, monkeypatch):

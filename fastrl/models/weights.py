@@ -109,7 +109,7 @@ def load_scalar_model(
                also_known={"lm_head.weight", LM_HEAD_NAMES[config.family]})
     backbone = empty_decoder(config, dtype_named(dtype), device)
     _fill_trunk(backbone, trunk, files)
-    weight = files.read("score.weight")[0].to(device, dtype_named(dtype))
+    weight = files.read("score.weight")[0].to(device, dtype_named(dtype), copy=True)
     return ScalarModel(backbone, ScalarHead(nn.Parameter(weight), float(bias)), config.spec).eval()
 
 
