@@ -17,7 +17,7 @@ from fastrl.rewards import decode_response
 from fastrl.runs import PPORun
 from fastrl.stages import run_stage
 from fastrl.trainers.ppo import PPOTrainer
-from fastrl.trainers.ppo_update import initial_critic
+from fastrl.trainers.ppo_trunks import initial_critic
 from fastrl.types import Rollout
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes/stories.yaml"
