@@ -94,6 +94,24 @@ def test_new_weights_need_no_new_graph(model: CausalLM) -> None:
         PROMPTS, KINDS["plain"]))
 
 
+def test_graphs_live_on_while_the_memory_of_the_pages_is_away(model: CausalLM) -> None:
+    engine = Engine(model, EngineConfig(cuda_graphs="on"))
+    first = engine.generate(PROMPTS, KINDS["plain"])
+    graphs, cache = engine._graphs, engine._idle_cache
+    assert graphs is not None and cache is not None
+    if not cache.arena.keeps_addresses:
+        pytest.skip("needs the extension and virtual memory management")
+    captured, free = dict(graphs.capture_s), torch.cuda.mem_get_info()[0]
+    engine.release_memory()
+    assert torch.cuda.mem_get_info()[0] - free >= cache.num_pages * cache.page_bytes
+    taken = torch.full((cache.num_pages * cache.page_bytes,), 255, dtype=torch.uint8,
+                       device="cuda")
+    del taken  # NaN where the pages may come to lie
+    torch.cuda.empty_cache()
+    _assert_same_bits(first, engine.generate(PROMPTS, KINDS["plain"]))
+    assert engine._graphs is graphs and graphs.capture_s == captured
+
+
 @contextmanager
 def _waiting_is_an_error() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
