@@ -403,7 +403,8 @@ class PPOConfig(TrainConfig):
     """Responses of each iteration recomputed with the update's forward for that test."""
     parking: Literal["auto", "on", "off"] = "auto"
     """What a phase does not need waits on the host: for a GPU in pinned memory, for a CPU in a file
-    of the run's folder. on: everything, off: nothing, auto: nothing yet. Never changes a number."""
+    of the run's folder. on: everything, off: nothing, auto: what the memory plan says has to
+    (docs/memory.md). Never changes a number."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)

@@ -180,6 +180,12 @@ GLOSSARY: dict[str, Term] = {
         ("verl: perf/throughput",)),
     "memory/max_tokens_per_microbatch": Term(
         "Tokens of a microbatch: the setting, or less after the update ran out of memory."),
+    **{f"memory/{phase}_{kind}_gib": Term(text.format(phase.replace("_", " ")))
+       for phase in ("update", "rollout", "scoring", "policy_update", "critic_update")
+       for kind, text in (
+           ("planned", "Memory that the plan has for the {} of a step, in GiB; once per run."),
+           ("peak", "Most memory in the {} of the first step, in GiB: of PyTorch on a GPU, on a "
+                    "CPU of the process above what it had beside the weights before."))},
     "memory/peak_gib": Term(
         "Most memory used so far, in GiB: of the process on a CPU, of PyTorch on a GPU.",
         ("verl: perf/max_memory_allocated_gb",)),

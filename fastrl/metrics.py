@@ -151,7 +151,7 @@ class RunFolder:
     def remove_if_unused(self) -> None:
         """Delete a run that did not begin: one whose folder holds nothing but its settings."""
         written = list(self.path.iterdir())
-        if {path.name for path in written} <= {"config.yaml", "run.json"}:
+        if {path.name for path in written} <= {"config.yaml", "run.json", "plan.json"}:
             for path in written:
                 path.unlink()
             if self._is_new:

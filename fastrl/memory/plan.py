@@ -73,6 +73,11 @@ class MemoryPlan:
         """Bytes of a phase."""
         return sum(self.phases[phase].values())
 
+    def spare(self) -> dict[str, int]:
+        """Phase -> bytes that it leaves free, the reserve not among them."""
+        room = self.budget_bytes - self.reserve_bytes
+        return {phase: max(0, room - self.total(phase)) for phase in self.phases}
+
     @property
     def peak_phase(self) -> str:
         """The phase that takes most."""

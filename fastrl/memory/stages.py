@@ -1,8 +1,9 @@
 """What each stage asks of the memory: `plan_sft`, `plan_reward` and `plan_ppo`."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -154,7 +155,8 @@ def _sft(config: SFTConfig, model: ModelShape, device: Device, longest: int | No
     longest = min(longest or config.max_seq_tokens, model.decoder.max_positions)
 
     def moments(tokens: int, pages: int) -> list[Moment]:
-        tokens = min(tokens, config.batch_size * longest)
+        row = config.max_seq_tokens if config.packing else longest
+        tokens = min(tokens, config.batch_size * row)
         return _training("update", "policy", numels, model, config, device, tokens,
                          sizes.loss_bytes(model.decoder, dtype, tokens),
                          has_dropout=config.residual_dropout > 0)
@@ -220,9 +222,9 @@ def _ppo(config: PPOConfig, models: _Models, device: Device, longest: int | None
         return on_trunk(config, width, dtype, [
             *_rollout("rollout", ("policy",), config, policy, device, longest, cache),
             *_scoring("scoring", config, models, device, min(
-                tokens, config.rollout_batch_size * longest), longest, cache),
+                tokens, config.rollout_batch_size * longest), longest),
             *_updates(config, models, device, min(
-                tokens, config.minibatch_size * longest), longest, cache),
+                tokens, config.minibatch_size * longest), longest),
             *_evaluation(config, models, device, tokens, longest, cache)])
 
     return Demand(
@@ -257,7 +259,7 @@ def _rollout(
 
 def _scoring(
     phase: str, config: PPOConfig, models: _Models, device: Device, tokens: int, longest: int,
-    cache: dict[str, int], needs: tuple[str, ...] = (),
+    swapped: Mapping[str, int] = MappingProxyType({}), needs: tuple[str, ...] = (),
 ) -> list[Moment]:
     """One model after the other; a language model makes logits, the others a number per token."""
     moments = []
@@ -268,8 +270,8 @@ def _scoring(
         forward = sizes.forward_bytes(shape.decoder, device.dtype, tokens)
         scores = (sizes.scoring_bytes if name in ("policy", "reference") else sizes.scalar_bytes)(
             shape.decoder, device.dtype, _num_scored(config, tokens, longest))
-        moments += [Moment(phase, (*needs, name), cache | {"activations": forward}),
-                    Moment(phase, (*needs, name), cache | {"logits": scores})]
+        moments += [Moment(phase, (*needs, name), {**swapped, "activations": forward}),
+                    Moment(phase, (*needs, name), {**swapped, "logits": scores})]
     return moments
 
 
@@ -280,18 +282,16 @@ def _num_scored(config: PPOConfig, tokens: int, longest: int) -> int:
 
 def _updates(
     config: PPOConfig, models: _Models, device: Device, tokens: int, longest: int,
-    cache: dict[str, int],
 ) -> list[Moment]:
     """The policy's steps, then the critic's."""
     policy, critic, dtype = models.policy, models.critic, device.dtype
     num_scored = tokens if config.ptx_coef > 0 else _num_scored(config, tokens, longest)
-    moments = [
+    return [
         *_training("policy_update", "policy", policy.language_model, policy, config, device, tokens,
                    sizes.loss_bytes(policy.decoder, dtype, num_scored),
                    () if config.ema_decay is None else ("ema",)),
         *_training("critic_update", "critic", critic.scalar_model, critic, config, device, tokens,
                    sizes.scalar_bytes(critic.decoder, dtype, tokens))]
-    return [dataclasses.replace(m, passing={**m.passing, **cache}) for m in moments]
 
 
 def _evaluation(
@@ -301,6 +301,7 @@ def _evaluation(
     """Rollout and scores, with the average in place of the weights where that is judged."""
     if config.eval_steps is None:
         return []
+    tokens = min(tokens, config.num_eval_prompts * longest)
     needs: tuple[str, ...] = ("policy",)
     swapped: dict[str, int] = {}
     if config.ema_decay is not None and config.eval_with_ema:
@@ -309,4 +310,4 @@ def _evaluation(
     return [
         *_rollout("evaluation", needs, config, models.policy, device, longest, cache | swapped),
         *(moment for moment in _scoring("evaluation", config, models, device, tokens, longest,
-                                        cache | swapped, needs) if "critic" not in moment.needs)]
+                                        swapped, needs) if "critic" not in moment.needs)]

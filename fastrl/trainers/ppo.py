@@ -21,7 +21,8 @@ from fastrl.engine import Engine
 from fastrl.exactness import exact_math
 from fastrl.exactness.sweep import warn_of_failures
 from fastrl.kl_control import make_kl_controller
-from fastrl.memory.residents import PARKABLE, Residents
+from fastrl.memory.measure import MemoryWatch
+from fastrl.memory.residents import Residents, tensors_of
 from fastrl.metrics import PhaseTimer, RunFolder
 from fastrl.models.causal_lm import CausalLM, ScalarModel
 from fastrl.models.scoring import response_logprobs
@@ -52,6 +53,7 @@ from fastrl.trainers.ppo_checks import (
     fit_prompts,
     warn_if_none_stopped,
 )
+from fastrl.trainers.ppo_plan import plan_trainer
 from fastrl.trainers.ppo_trunks import (
     SCORING_PARTS,
     check_trunk,
@@ -130,6 +132,9 @@ class PPOTrainer:
         self.num_dropped_prompts = len(prompts) - len(self.prompts)
         held_out = fit_prompts(eval_prompts, config, models, "eval_prompts") if eval_prompts else []
         self.eval_prompts = held_out[:config.num_eval_prompts]
+        plan, config = plan_trainer(config, models, self.prompts + self.eval_prompts)
+        weights = [weight for model in models.values() for weight in tensors_of(model)]
+        self.memory = MemoryWatch(plan, policy.lm_head.weight.device, weights, run)
         self.config, self.scorer, self.ptx, self.eval_ptx = config, scorer, ptx, eval_ptx
         self.run, self.encoder = run, encoder
         self.policy, self.critic = policy.eval(), critic.eval()
@@ -142,8 +147,9 @@ class PPOTrainer:
             warn_of_failures(policy)
         self.residents = Residents(
             resident_parts(config, models, critic),
-            PARKABLE if config.parking == "on" else frozenset(),
-            policy.lm_head.weight.device, folder=None if run is None else run.path)
+            plan.parks, policy.lm_head.weight.device, folder=None if run is None else run.path,
+            # A CPU's parked files are read from its own memory: nothing to gain by reading ahead.
+            spare_bytes=plan.spare() if weights[0].is_cuda else None)
         with self.residents.phase("policy_update"):
             value_head = own_weights if config.critic_trunk == "policy" else ()
             self.policy_optimizer = AdamW.from_config((*policy.parameters(), *value_head), config)
@@ -280,13 +286,15 @@ class PPOTrainer:
             with timer.phase("eval"):
                 metrics |= self.evaluate()
         metrics |= timer.metrics(int(rollout.response_mask.sum()))
+        if "loss/policy" in metrics:  # not in the critic's own iterations
+            metrics |= self.memory.metrics()
         self._log(metrics)
         return metrics
 
     @contextmanager
     def _phase(self, timer: PhaseTimer, name: str, *parts: str) -> Iterator[None]:
         """A phase, or a part of it, with its clock running and what it needs in memory."""
-        with timer.phase(name), self.residents.phase(name, *parts):
+        with timer.phase(name), self.residents.phase(name, *parts), self.memory.phase(name):
             yield
 
     @property

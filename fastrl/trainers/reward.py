@@ -17,6 +17,9 @@ from torch import Tensor
 
 from fastrl.config import RewardConfig
 from fastrl.errors import DataError
+from fastrl.memory.measure import MemoryWatch, device_of, fitted
+from fastrl.memory.shapes import shape_of_model
+from fastrl.memory.stages import plan_reward
 from fastrl.metrics import PhaseTimer, RunFolder, peak_memory_gib
 from fastrl.models.causal_lm import ScalarModel
 from fastrl.models.scoring import sequence_scores
@@ -87,14 +90,24 @@ class RewardTrainer:
         self.demonstrations = [e.token_ids[-config.max_seq_tokens:] for e in demonstrations]
         self.steps_per_epoch = -(-len(self.comparisons) // config.batch_size)
         self.num_steps = config.max_steps or self.steps_per_epoch * config.num_epochs
+        device = device_of(model, config)
+        plan = plan_reward(config, shape_of_model("reward_model", model), device,
+                           longest=max(group_lengths(self.comparisons)))
+        self.memory = MemoryWatch(plan, model.head.weight.device, model.parameters(), run)
+        self.config = fitted(config, plan, device.type)
         prepare_backbone(model, config)
-        self.budget = TokenBudget(config)
+        self.budget = TokenBudget(self.config)
         self.schedule = Schedule.from_config(config, self.num_steps)
         self.optimizer = AdamW.from_config(model.parameters(), config)
         self.num_finished = 0
 
     def step(self) -> dict[str, float]:
         """One optimiser step over `batch_size` prompts; returns its metrics."""
+        with self.memory.phase("update"):
+            metrics = self._step()
+        return metrics | self.memory.metrics()
+
+    def _step(self) -> dict[str, float]:
         config, timer, number = self.config, PhaseTimer(), self.num_finished + 1
         epoch, index = divmod(self.num_finished, self.steps_per_epoch)
         rows = epoch_batches(len(self.comparisons), config.batch_size, config.seed, epoch)[index]

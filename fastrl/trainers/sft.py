@@ -19,6 +19,9 @@ from torch import Tensor
 
 from fastrl.config import SFTConfig
 from fastrl.errors import ConfigError
+from fastrl.memory.measure import MemoryWatch, device_of, fitted
+from fastrl.memory.shapes import shape_of_model
+from fastrl.memory.stages import plan_sft
 from fastrl.metrics import PhaseTimer, RunFolder, peak_memory_gib, write_atomic
 from fastrl.models.causal_lm import CausalLM
 from fastrl.models.weights import load_causal_lm, save_causal_lm
@@ -97,8 +100,13 @@ class SFTTrainer:
         self.num_steps = config.max_steps or self.steps_per_epoch * config.num_epochs
         self.eval_points = _eval_points(self.num_steps, config.eval_steps or self.steps_per_epoch)
         self.candidate_points = _spread(self.eval_points, config.num_candidates)
+        longest = max(len(e.token_ids) for e in (*self.examples, *self.eval, *self.ptx))
+        device = device_of(model, config)
+        plan = plan_sft(config, shape_of_model("policy", model), device, longest=longest)
+        self.memory = MemoryWatch(plan, model.lm_head.weight.device, model.parameters(), run)
+        self.config = fitted(config, plan, device.type)
         prepare_backbone(model, config)
-        self.budget = TokenBudget(config)
+        self.budget = TokenBudget(self.config)
         self.schedule = Schedule.from_config(config, self.num_steps)
         self.optimizer = AdamW.from_config(model.parameters(), config)
         self.num_finished = self._num_examples = self._num_windows = 0
@@ -107,6 +115,11 @@ class SFTTrainer:
 
     def step(self) -> dict[str, float]:
         """One optimiser step; returns its metrics."""
+        with self.memory.phase("update"):
+            metrics = self._step()
+        return metrics | self.memory.metrics()
+
+    def _step(self) -> dict[str, float]:
         timer, number = PhaseTimer(), self.num_finished + 1
         examples, windows = self._next_batch()
         learning_rate = self.schedule(self.num_finished)

@@ -63,7 +63,7 @@ def test_policy_first_then_critic_equals_steps_in_turns(
 
             trainer._update = update  # type: ignore[method-assign]
         history = [{name: value for name, value in trainer.step().items()
-                    if not name.startswith(("time/", "throughput/"))} for _ in range(3)]
+                    if not name.startswith(("time/", "throughput/", "memory/"))} for _ in range(3)]
         return history, [*task.weights_of(trainer.policy), *task.weights_of(trainer.critic),
                          *trainer.policy_optimizer.state_dict().values(),
                          *trainer.critic_optimizer.state_dict().values()]
@@ -123,7 +123,7 @@ def test_parking_changes_no_number(task: SimpleNamespace, variant: str) -> None:
 
         def update(step: int, metrics: dict[str, float]) -> None:
             history.append({name: value for name, value in metrics.items()
-                            if not name.startswith(("time/", "throughput/"))})
+                            if not name.startswith(("time/", "throughput/", "memory/"))})
             # Between iterations anyone may ask the policy, such as the answers to sample prompts.
             trainer.engine.generate([[2, 3]], trainer.config.sampling, seed=step)
 
@@ -195,10 +195,26 @@ def test_a_parked_model_says_so(task: SimpleNamespace) -> None:
         assert packed_forward(trainer.critic, example)[0].isfinite().all()
 
 
-def test_auto_and_off_park_nothing_yet(task: SimpleNamespace) -> None:
+def test_auto_without_need_and_off_park_nothing(task: SimpleNamespace) -> None:
     for parking in ("auto", "off"):
         trainer = parked_trainer(task, parking)
         trainer.step()
         assert trainer.residents.parked == frozenset()
     with pytest.raises(ConfigError, match="parking"):
         parse_config(PPOConfig, {"parking": "sometimes"}, "recipe")
+
+
+def test_auto_parks_what_the_plan_says_has_to(task: SimpleNamespace) -> None:
+    """With less and less memory some wait on the host in the end; the numbers stay."""
+    free = parked_trainer(task, "off")
+    mib = free.memory.plan.peak_bytes / 2**20
+    trainers = (parked_trainer(task, "auto", gpu_memory=f"{mib / 2**halvings:.6f}MiB")
+                for halvings in range(1, 12))
+    tight = next(trainer for trainer in trainers if trainer.memory.plan.parks)
+    assert tight.residents.parks == tight.memory.plan.parks
+    for trainer in (free, tight):
+        trainer.step()
+    assert tight.residents.parked
+    with tight.residents.phase("rollout"):
+        for own, other in zip(tight.policy.parameters(), free.policy.parameters(), strict=True):
+            assert torch.equal(own, other)

@@ -252,7 +252,7 @@ def test_equal_seeds_give_equal_runs(task: SimpleNamespace, trunk: str) -> None:
     def run(seed: int) -> tuple[list[Tensor], list[dict[str, float]]]:
         trainer = make(task, trunk, seed=seed, learning_rate=1e-2)
         rows = [{name: value for name, value in trainer.step().items()
-                 if not name.startswith(("time/", "throughput/"))} for _ in range(3)]
+                 if not name.startswith(("time/", "throughput/", "memory/"))} for _ in range(3)]
         return task.weights_of(trainer.policy) + task.weights_of(trainer.critic), rows
 
     first, second, other = run(3), run(3), run(4)
@@ -298,7 +298,7 @@ def test_parking_changes_no_number(task: SimpleNamespace, variant: str) -> None:
     def run(parking: str) -> tuple[list[dict[str, float]], list[Tensor], frozenset[str]]:
         trainer = make(task, **PARKED[variant], parking=parking, eval_steps=2, learning_rate=1e-2)
         rows = [{name: value for name, value in trainer.step().items()
-                 if not name.startswith(("time/", "throughput/"))} for _ in range(3)]
+                 if not name.startswith(("time/", "throughput/", "memory/"))} for _ in range(3)]
         parked = trainer.residents.parked
         trainer.residents.fetch_all()
         return rows, task.weights_of(trainer.policy) + task.weights_of(trainer.critic), parked
