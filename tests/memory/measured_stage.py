@@ -15,7 +15,7 @@ from fastrl.models import CausalLM, new_decoder, scalar_from_causal
 from fastrl.models.families import decoder_config
 from fastrl.rewards import RewardModelScorer
 from fastrl.trainers.ppo import PPOTrainer
-from fastrl.trainers.ppo_update import initial_critic
+from fastrl.trainers.ppo_trunks import initial_critic
 from fastrl.trainers.reward import RewardTrainer
 from fastrl.trainers.sft import SFTTrainer
 from fastrl.types import Comparison, Prompt, TokenExample
