@@ -13,6 +13,7 @@ import torch
 
 from fastrl.checks import check_resident
 from fastrl.config import EngineConfig, SamplingConfig
+from fastrl.dense_attention import slots_read
 from fastrl.engine.cache import KVCache, new_cache, page_shape, pages_for
 from fastrl.engine.generation import Generation
 from fastrl.engine.graphs import StepGraphs, graphs_for, rung
@@ -27,7 +28,6 @@ from fastrl.exactness import (
     set_workspaces,
 )
 from fastrl.models import CausalLM
-from fastrl.ops.paged_attention import slots_read
 from fastrl.ops.sampling import request_seeds
 from fastrl.out_of_memory import is_out_of_memory
 from fastrl.types import Rollout

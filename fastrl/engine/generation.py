@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastrl.config import EngineConfig
+from fastrl.dense_attention import size_bucket
 from fastrl.engine.batch import DecodeBatch, RecentTokens, pad_rows, send, upload
 from fastrl.engine.cache import KVCache, pages_for
 from fastrl.engine.flags import Flags
@@ -26,7 +27,6 @@ from fastrl.engine.text import TextPieces
 from fastrl.errors import DeviceMemoryError
 from fastrl.models import CausalLM
 from fastrl.models.by_input import WeightsByInput, matrices
-from fastrl.ops.paged_attention import size_bucket
 from fastrl.out_of_memory import is_out_of_memory
 
 logger = logging.getLogger("fastrl")

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastrl.dense_attention import PagedPlan
 from fastrl.exactness.rows import invariant_rows, least_rows, row_multiple, weight_shapes
 from fastrl.exactness.settings import exact_math
 from fastrl.models import CausalLM, DecoderConfig
@@ -28,7 +29,6 @@ from fastrl.ops import (
     sample_tokens,
     write_kv,
 )
-from fastrl.ops.paged_attention import PagedPlan
 
 logger = logging.getLogger("fastrl")
 

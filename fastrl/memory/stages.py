@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import torch
 
 from fastrl.config import PPOConfig, RewardConfig, SFTConfig, TrainConfig
+from fastrl.dense_attention import slots_read
 from fastrl.memory import sizes
 from fastrl.memory.plan import Demand, MemoryPlan, Moment, gib, solve
 from fastrl.memory.shapes import ModelShape
 from fastrl.memory.trunks import head_sizes, on_trunk
-from fastrl.ops.paged_attention import slots_read
 
 PAGE_SIZE = 16
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastrl.dense_attention import PagedPlan
 from fastrl.ops import (
     packed_attention,
     paged_attention,
@@ -22,7 +23,7 @@ from fastrl.ops import (
     rotary_write_kv,
     write_kv,
 )
-from fastrl.ops.paged_attention import PagedPlan, SharedPrefixes
+from fastrl.ops.paged_attention import SharedPrefixes
 from fastrl.packing import PackedBatch
 
 

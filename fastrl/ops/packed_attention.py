@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastrl.backends import choose
 from fastrl.checks import check_device, check_offsets, check_positive, check_values
+from fastrl.dense_attention import whole_units
 from fastrl.environment import checks_values
 from fastrl.errors import ShapeError
 
@@ -37,9 +38,6 @@ CUDNN_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
                SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 MAX_PADDING = 1.25
 """Padded tokens per real token in one call of the dense kernel."""
-CPU_LENGTH_UNIT = 16
-"""The dense CPU kernel takes exponentials 16 keys at a time and the last few of a row one by one,
-with other last bits. Rows of whole sixteens have the same bits whatever the length around them."""
 
 
 def packed_attention_reference(
@@ -239,11 +237,6 @@ def _attend_equal_lengths(
     if missing:
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (q, k, v))
     return _dense_attention(q, k, v, scale, window)[:, :length].flatten(0, 1)
-
-
-def whole_units(length: int, device: torch.device) -> int:
-    """Tokens that a sequence of `length` is padded to for the dense kernel."""
-    return -(-length // CPU_LENGTH_UNIT) * CPU_LENGTH_UNIT if device.type == "cpu" else length
 
 
 def _attend_groups(

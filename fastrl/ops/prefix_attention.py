@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastrl.backends import choose
 from fastrl.checks import check_device
+from fastrl.dense_attention import MIN_EXACT_ROWS, whole_units
 from fastrl.environment import checks_values
 from fastrl.errors import ShapeError
 from fastrl.ops.packed_attention import (
@@ -31,9 +32,7 @@ from fastrl.ops.packed_attention import (
     similar_lengths,
     torch_path,
     varlen_arguments,
-    whole_units,
 )
-from fastrl.ops.paged_attention import MIN_EXACT_ROWS
 
 PREFERENCE = ("flash", "torch", "triton")
 

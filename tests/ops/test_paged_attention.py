@@ -10,19 +10,14 @@ import torch
 from fastrl_kernels.flash import paged_attention as flash
 from torch import Tensor
 
+from fastrl.dense_attention import PagedPlan
 from fastrl.errors import BackendUnavailableError, ShapeError
 from fastrl.ops.packed_attention import packed_attention
 from fastrl.ops.paged_attention import (
-    SLOT_UNIT,
-    PagedPlan,
     SharedPrefixes,
-    _arithmetic_runs,
-    _dense_shape,
     _limits,
     paged_attention,
     paged_attention_reference,
-    size_bucket,
-    slots_read,
 )
 
 PAGE_SIZE = 4
@@ -130,11 +125,6 @@ def test_bits_of_a_sequence_do_not_depend_on_the_batch(
     for row in range(len(kv_lens)):
         begin, end = inputs["cu_seqlens_q"][row : row + 2]
         assert torch.equal(out[begin:end], paged_attention(**_single(inputs, row)))
-
-
-def test_size_buckets() -> None:
-    assert [size_bucket(n) for n in (1, 2, 7, 8, 9, 15, 17, 20, 21, 33)] == [
-        1, 2, 7, 8, 10, 16, 20, 20, 24, 40]
 
 
 @pytest.mark.parametrize(
@@ -281,24 +271,6 @@ def test_prompts_are_read_in_place() -> None:
     assert torch.equal(paged_attention(**inputs, plan=plan), paged_attention(**inputs))
     assert plan.groups is not None
     assert [group.in_place for group in plan.groups] == [slice(1, 4, 2), slice(2, 3, 1)]
-
-
-@pytest.mark.parametrize(
-    ("pages", "expected"),
-    [([4], [[4]]), ([2, 3, 4], [[2, 3, 4]]), ([8, 2, 5], [[2, 5, 8]]),
-     ([1, 1, 2], [[1], [1, 2]]), ([0, 5, 6, 7], [[0, 5], [6, 7]])],
-)
-def test_arithmetic_runs(pages: list[int], expected: list[list[int]]) -> None:
-    runs = _arithmetic_runs(pages, list(range(len(pages))))
-    assert [[pages[row] for row in rows] for rows, _ in runs] == expected
-    assert [list(range(99))[taken] for _, taken in runs if taken is not None] == expected
-
-
-def test_slots_read_covers_what_the_dense_kernel_reads() -> None:
-    for kv_len in range(1, 200):
-        for num_rows, channels in ((1, 48), (3, 8), (7, 4), (2, 64)):
-            slots = size_bucket(-(-kv_len // SLOT_UNIT)) * SLOT_UNIT
-            assert kv_len <= _dense_shape(num_rows, slots, channels)[1] <= slots_read(kv_len)
 
 
 def _shared() -> dict[str, Any]:
