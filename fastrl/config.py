@@ -13,12 +13,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastrl.errors import ConfigError
+from fastrl.field_types import described, fits
 
 
 def check(condition: bool, field: str, expected: str, value: object) -> None:
     """Raise ConfigError when a field's value is out of bounds."""
     if not condition:
         raise ConfigError(f"{field}: expected {expected}, got {value!r}; change {field}")
+
+
+def _typed(config: object, cls: type[Any]) -> None:
+    """Raise ConfigError where a value is not of the type that its field has in `cls`."""
+    for setting in dataclasses.fields(cls):
+        value = getattr(config, setting.name)
+        check(fits(setting.type, value), setting.name, described(setting.type), value)
 
 
 def _positive(config: object, names: Iterable[str]) -> None:
@@ -77,10 +85,16 @@ class SamplingConfig:
     """Log-probs of the distribution drawn from, or of the model's own (temperature only)."""
 
     def __post_init__(self) -> None:
+        _typed(self, SamplingConfig)
         _positive(self, ("temperature", "max_new_tokens", "repetition_penalty"))
         _not_negative(self, ("top_k", "min_new_tokens"))
-        check(self.temperature >= 1e-6, "temperature",
-              "at least 1e-6 (set greedy to take the most likely token)", self.temperature)
+        check(1e-6 <= self.temperature <= 1e6, "temperature",
+              "at least 1e-6 (set greedy to take the most likely token) and at most 1e6",
+              self.temperature)
+        check(1e-6 <= self.repetition_penalty <= 1e6, "repetition_penalty",
+              "a number from 1e-6 to 1e6", self.repetition_penalty)
+        check(all(self.stop_strings), "stop_strings", "texts, none of them empty",
+              self.stop_strings)
         check(all(token >= 0 for token in self.stop_token_ids or ()), "stop_token_ids",
               "token ids of at least 0", self.stop_token_ids)
         check(0 < self.top_p <= 1, "top_p", "a number above 0 and at most 1", self.top_p)
@@ -128,6 +142,7 @@ class EngineConfig:
     alike. False pads nothing and leaves torch's defaults."""
 
     def __post_init__(self) -> None:
+        _typed(self, EngineConfig)
         _positive(self, ("page_size", "num_pages", "max_batch_size", "max_prefill_tokens",
                          "sync_every"))
 

@@ -13,7 +13,6 @@ import fastrl.generate as generate_module
 from fastrl import cli
 from fastrl.config import SamplingConfig
 from fastrl.data import load_comparisons, load_encoder, word_tokenizer
-from fastrl.engine import Engine
 from fastrl.models import DecoderConfig, new_decoder
 from fastrl.models.weights import load_causal_lm, save_causal_lm
 
@@ -138,12 +137,15 @@ def test_the_command_in_the_readme_runs(readme: str) -> None:
 
 
 def test_the_three_lines_in_the_readme_run(readme: str) -> None:
-    (lines,) = re.findall(r"```python\n(engine = .*?)```", readme, re.DOTALL)
+    (code,) = re.findall(r"```python\n([^`]*?^engine = .*?)```", readme, re.DOTALL | re.MULTILINE)
+    imports, lines = code.split("\n\n")
     assert lines.count("\n") == 3
-    names = {"Engine": Engine, "load_causal_lm": load_causal_lm, "SamplingConfig": SamplingConfig}
-    exec(lines, names)
+    assert all(line.startswith("from fastrl.") for line in imports.splitlines())
+    names: dict[str, Any] = {}
+    exec(code, names)
     tokens, logprobs = names["tokens"], names["logprobs"]
     assert 0 < len(tokens) <= 64 and bool((logprobs[:len(tokens)] < 0).all())
+    assert not logprobs[len(tokens):].any()
 
 
 @pytest.mark.parametrize(("stops", "expected"), [(None, (36,)), ((3,), (3,))])

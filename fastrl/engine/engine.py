@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastrl.checks import check_resident
-from fastrl.config import EngineConfig, SamplingConfig
+from fastrl.config import EngineConfig, SamplingConfig, check
 from fastrl.dense_attention import slots_read
 from fastrl.engine.cache import KVCache, new_cache, page_shape, pages_for
 from fastrl.engine.generation import Generation
 from fastrl.engine.graphs import StepGraphs, graphs_for, rung
-from fastrl.engine.request import Request, SharedPrompt, check_stops, checked_prompt
-from fastrl.engine.text import Decoder, TextPieces
+from fastrl.engine.request import Request, new_requests
+from fastrl.engine.text import Decoder
 from fastrl.errors import ConfigError, DeviceMemoryError
 from fastrl.exactness import (
     exact_math,
@@ -27,8 +27,8 @@ from fastrl.exactness import (
     row_multiple,
     set_workspaces,
 )
+from fastrl.field_types import fits
 from fastrl.models import CausalLM
-from fastrl.ops.sampling import request_seeds
 from fastrl.out_of_memory import is_out_of_memory
 from fastrl.types import Rollout
 
@@ -68,6 +68,7 @@ class Engine:
     def __init__(
         self, model: CausalLM, config: EngineConfig | None = None, encoder: Decoder | None = None
     ) -> None:
+        check(fits(EngineConfig | None, config), "config", "an EngineConfig or None", config)
         check_resident("engine", model.lm_head.weight)
         self.model = model
         self.config = config or EngineConfig()
@@ -106,13 +107,15 @@ class Engine:
             A rollout on the model's device. Row `p * num_samples_per_prompt + j` is sample j of
             prompt p. Greedy log-probs are those of the distribution at `temperature`.
         Raises:
-            DataError: when a prompt is empty, too long, or has ids outside the vocabulary.
-            ConfigError: when stop strings have no encoder, when a stop token is none of the
-                vocabulary, when there are not as many settings as
+            DataError: when a prompt is empty, too long, or anything but ids of the vocabulary.
+            ConfigError: when a number is out of bounds, when stop strings have no encoder, when a
+                stop token is none of the vocabulary, when there are not as many settings as
                 prompts, or when one sequence cannot fit the cache.
         """
-        requests = self._requests(prompts, sampling, seed, num_samples_per_prompt,
-                                  first_request_id)
+        requests = new_requests(
+            self.model.spec, prompts, sampling, seed=seed, num_samples=num_samples_per_prompt,
+            first_request_id=first_request_id, shares_prompts=self.config.share_prefix,
+            encoder=self.encoder)
         generation = self._begin(
             requests, one_at_a_time=any(request.text is not None for request in requests))
         try:
@@ -146,7 +149,10 @@ class Engine:
         Raises:
             DataError, ConfigError: as `generate`.
         """
-        requests = self._requests([prompt_ids], sampling, seed, 1, request_id, reads_text=True)
+        requests = new_requests(
+            self.model.spec, [prompt_ids], sampling, seed=seed, num_samples=1,
+            first_request_id=request_id, shares_prompts=False, encoder=self.encoder,
+            reads_text=True)
         return self._stream(requests[0])
 
     def _stream(self, request: Request) -> Iterator[StreamedToken]:
@@ -305,46 +311,6 @@ class Engine:
         if device.type != "cpu" or self.config.num_pages is not None:
             return PAGE_SIZE
         return slots_read(max(request.max_cached_tokens for request in requests))
-
-    def _requests(
-        self, prompts: Sequence[Sequence[int]],
-        sampling: SamplingConfig | Sequence[SamplingConfig] | None, seed: int, num_samples: int,
-        first_request_id: int, reads_text: bool = False,
-    ) -> list[Request]:
-        """One request per response; samples of a prompt share it.
-
-        Args:
-            reads_text: Someone reads the text, even where no stop string is looked for.
-        """
-        if sampling is None or isinstance(sampling, SamplingConfig):
-            sampling = [sampling or SamplingConfig()] * len(prompts)
-        if len(sampling) != len(prompts):
-            raise ConfigError(f"sampling: expected one SamplingConfig, or one for each of "
-                              f"{len(prompts)} prompts, got {len(sampling)}")
-        if any(own.stop_strings for own in sampling) and self.encoder is None:
-            raise ConfigError("stop_strings: expected an engine with an encoder, which turns "
-                              "tokens into text; give Engine(..., encoder=...)")
-        if num_samples < 1 or not prompts:
-            raise ConfigError(f"generate: expected at least one prompt and one sample of each, "
-                              f"got {len(prompts)} prompts and {num_samples} samples")
-        for stops in {settings.stop_token_ids for settings in sampling}:
-            check_stops(self.model.spec, stops or ())
-        ids = first_request_id + torch.arange(len(prompts) * num_samples)
-        seeds = request_seeds(seed, ids).tolist()
-        requests: list[Request] = []
-        for number, (prompt, settings) in enumerate(zip(prompts, sampling, strict=True)):
-            token_ids = checked_prompt(self.model.spec, number, prompt)
-            max_tokens = min(settings.max_new_tokens,
-                             self.model.spec.max_positions - len(token_ids))
-            shared = SharedPrompt(token_ids, num_samples)
-            for _ in range(num_samples):
-                own = shared if self.config.share_prefix else SharedPrompt(token_ids, 1)
-                text = None
-                if self.encoder is not None and (reads_text or settings.stop_strings):
-                    text = TextPieces(self.encoder, token_ids, settings.stop_strings)
-                index = len(requests)
-                requests.append(Request(index, own, seeds[index], max_tokens, settings, text))
-        return requests
 
 
 def _has_memory(cache: KVCache) -> bool:

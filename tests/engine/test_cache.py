@@ -7,7 +7,7 @@ from fastrl.engine.cache import KVCache, new_cache, pages_for
 from fastrl.errors import ConfigError
 from fastrl.models import ModelSpec
 
-SPEC = ModelSpec(architecture="llama", num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+SPEC = ModelSpec(architecture="llama", num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
                  hidden_size=32, vocab_size=11, max_positions=64, eos_token_ids=())
 
 
@@ -21,7 +21,8 @@ def test_pages_for() -> None:
 
 def test_layout_and_first_pages() -> None:
     cache = _cache()
-    assert cache.kv_pages.shape == (6, 2, 2, 4, 2, 8)
+    assert cache.kv_pages.shape == (6, 3, 2, 4, 2, 8)
+    assert cache.kv_pages[0].is_contiguous()  # a copy of a page is one move for all layers
     assert cache.allocate(2) == [0, 1] and cache.num_free == 4
 
 

@@ -210,8 +210,6 @@ def test_bad_settings() -> None:
         engine.generate([[3]], SamplingConfig(stop_strings=("a",)))
     with pytest.raises(ConfigError, match="at least one prompt"):
         engine.generate([])
-    with pytest.raises(ConfigError, match="at least one prompt"):
-        engine.generate([[3]], num_samples_per_prompt=0)
     beyond = SamplingConfig(stop_token_ids=(3, 61))
     with pytest.raises(ConfigError, match="ids from 0 to 60, the model's vocabulary, got 61"):
         engine.generate([[1], [2]], [SamplingConfig(stop_token_ids=(60,)), beyond])

@@ -10,6 +10,7 @@ import torch
 from fastrl.config import EngineConfig, SamplingConfig
 from fastrl.engine import Engine
 from fastrl.engine.cache import KVCache
+from fastrl.engine.request import new_requests
 from fastrl.errors import ConfigError, DeviceMemoryError
 from fastrl.memory.arena import Arena
 from fastrl.models import CausalLM, DecoderConfig, new_decoder
@@ -50,7 +51,9 @@ def _failures(model: CausalLM, sizes: dict[str, Any], stride: int) -> None:
     """One allocation in `stride` fails, each in a call of its own; responses keep their bits."""
     expected = _generate(model, **sizes)
     with FailingAllocations(lambda number: False) as seeds:  # numbers of the host, 8 bytes each
-        Engine(model)._requests(PROMPTS, SAMPLING, 2, 2, 0)
+        Engine(model)
+        new_requests(model.spec, PROMPTS, SAMPLING, seed=2, num_samples=2, first_request_id=0,
+                     shares_prompts=True, encoder=None)
     with FailingAllocations(lambda number: False) as counted:
         _generate(model, **sizes)
     assert counted.count > 1000

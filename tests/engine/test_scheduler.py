@@ -2,13 +2,16 @@
 
 import random
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastrl.config import EngineConfig, SamplingConfig
-from fastrl.engine import Engine
+from fastrl.engine import Engine, generation
 from fastrl.engine.cache import KVCache, pages_for
+from fastrl.engine.generation import Generation
 from fastrl.engine.request import Request, SharedPrompt
 from fastrl.engine.scheduler import Scheduler, starting_order
 from fastrl.models import DecoderConfig, ModelSpec, new_decoder
@@ -92,3 +95,39 @@ def test_a_page_of_a_cpu_holds_the_longest_sequence_unless_sizes_are_given() -> 
     assert page_size() == 3 * 16 + 3  # 34 tokens, see fastrl.ops.paged_attention.slots_read
     assert page_size(num_pages=40) == 16
     assert page_size(page_size=8) == 8
+
+
+def test_places_and_prompt_tokens_are_used_up_and_never_exceeded(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, step = generation.compute_prompts, Generation.step
+    passes: list[list[int]] = []
+    running: list[tuple[int, int]] = []  # (that run after a step, those of them that ran before)
+
+    def watched_pass(model: Any, cache: Any, prompts: Any, *others: Any, **settings: Any) -> Tensor:
+        passes.append([len(prompt) for prompt in prompts])
+        return compute(model, cache, prompts, *others, **settings)
+
+    def watched_step(self: Generation) -> None:
+        before = set(self.scheduler.running)
+        step(self)
+        running.append((len(self.scheduler.running), len(before & set(self.scheduler.running))))
+
+    monkeypatch.setattr(generation, "compute_prompts", watched_pass)
+    monkeypatch.setattr(Generation, "step", watched_step)
+    lengths = [6, 3, 3, 20, 1, 8, 2, 2, 9, 9, 1, 5]
+    Engine(MODEL, EngineConfig(max_batch_size=5, max_prefill_tokens=12)).generate(
+        [[1] * n for n in lengths],
+        [SamplingConfig(max_new_tokens=2 + 3 * (i % 4), stop_token_ids=()) for i in range(12)])
+    assert [n for one in passes for n in one] == lengths
+    assert passes[:2] == [[6, 3, 3], [20]]  # what is longer than the budget goes alone
+    assert all(sum(one) <= 12 or len(one) == 1 for one in passes)
+    assert max(count for count, _ in running) == 5
+    # Places are taken while others are in the middle of their responses.
+    assert any(0 < stayed < count == 5 for count, stayed in running)
+
+
+def test_prompt_tokens_of_a_pass_follow_the_device_where_no_number_is_given() -> None:
+    cache = KVCache(SPEC, 4, 4, torch.float32, torch.device("cpu"))
+    assert Scheduler([], cache, EngineConfig()).max_prefill_tokens == 2048
+    assert Scheduler([], cache, EngineConfig(max_prefill_tokens=7)).max_prefill_tokens == 7
