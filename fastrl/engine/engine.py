@@ -50,7 +50,7 @@ class StreamedToken:
     logprob: float
     """As `SamplingConfig.logprobs` asks for."""
     finish_reason: str | None
-    """"stop", "length" or "cancelled" with the last token, else None."""
+    """"stop" or "length" with the last token, else None; a cancelled stream ends without."""
 
 
 class Engine:
@@ -145,7 +145,8 @@ class Engine:
             sampling: How tokens are drawn, and when the response ends.
             seed, request_id: Together they determine the random numbers.
         Yields:
-            Tokens; the last one has a finish reason and all text that was left.
+            Tokens; the last one has a finish reason and all text that was left, unless `cancel`
+            ends the stream.
         Raises:
             DataError, ConfigError: as `generate`.
         """

@@ -60,6 +60,17 @@ def test_waiting_is_bounded_by_those_ahead(seed: int) -> None:
     assert cache.num_free == cache.num_pages
 
 
+def test_a_page_that_a_running_request_may_need_next_starts_nobody() -> None:
+    cache = KVCache(SPEC, 4, 4, torch.float32, torch.device("cpu"))
+    scheduler = Scheduler(_requests([(8, 3), (8, 1)]), cache, EngineConfig())
+    assert [r.index for r in scheduler.admit(0).started] == [0]  # two pages, and soon a third
+    assert cache.num_free == 2 and not scheduler.admit(0).started
+    # Without such a need it starts: the first page of the other is the last that it will have.
+    scheduler = Scheduler(_requests([(7, 2), (8, 1)]), KVCache(
+        SPEC, 4, 4, torch.float32, torch.device("cpu")), EngineConfig())
+    assert [r.index for r in scheduler.admit(0).started] == [0, 1]
+
+
 def test_longest_first_keeps_the_samples_of_a_prompt_together() -> None:
     requests = _requests([(1, 3), (1, 9), (1, 9), (1, 4)])
     assert [r.index for r in starting_order(requests, "longest_first")] == [1, 2, 3, 0]

@@ -90,6 +90,18 @@ def test_stream_equals_generate(prompt: list[int]) -> None:
     assert "".join(token.text for token in tokens) == text[len(ByteDecoder().decode(prompt)):]
 
 
+def test_the_last_token_has_all_text_that_was_left() -> None:
+    engine = Engine(MODEL, EngineConfig(page_size=4), encoder=ByteDecoder())
+    left = 0
+    for count in range(1, 12):  # some responses end inside a character
+        tokens = list(engine.stream(
+            [3], SamplingConfig(max_new_tokens=count, stop_token_ids=()), seed=3))
+        text = ByteDecoder().decode([token.token_id for token in tokens])
+        assert "".join(token.text for token in tokens) == text
+        left += text.endswith("\ufffd")
+    assert left > 0
+
+
 def test_stream_without_encoder_has_no_text() -> None:
     tokens = list(Engine(MODEL).stream([3], SAMPLING))
     assert tokens and all(token.text == "" for token in tokens)
@@ -167,7 +179,8 @@ def test_cancel_while_streaming() -> None:
         tokens.append(token)
         if len(tokens) == 4:
             engine.cancel()
-    assert len(tokens) == 4
+    assert len(tokens) == 4 and tokens[-1].finish_reason is None
+    assert not engine._active
 
 
 def test_modes_are_restored_between_tokens() -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastrl.backends import use_backend
@@ -72,6 +73,30 @@ def test_pages_are_as_good_as_torch(family: str) -> None:
         ours = prefill_and_decode(model)
     assert_as_good(ours, prefill_and_decode(model),
                    prefill_and_decode(copy.deepcopy(model).double()))
+
+
+def test_a_layer_of_a_decode_step_is_five_kernels_and_four_products(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is added, turned, scaled or split by a launch of its own."""
+    model, products, linear = tiny("qwen3"), [], F.linear
+
+    def counted(x: Tensor, weight: Tensor, *others: Tensor | None) -> Tensor:
+        products.append(tuple(weight.shape))
+        return linear(x, weight, *others)
+
+    monkeypatch.setattr(F, "linear", counted)
+    spec, inner = model.spec, model.backbone.config.intermediate_size
+    pages = torch.zeros(2, spec.num_layers, 2, 4, spec.num_kv_heads, spec.head_dim)
+    step = PagedAttention(pages, torch.tensor([[0, 1]]), torch.tensor([5]), torch.arange(2),
+                          torch.tensor([6]), 1, 6)
+    with use_backend("triton"), torch.no_grad():
+        model(torch.tensor([4]), torch.tensor([5]), step)
+    layer = ["_norm_fwd_kernel", "_write_kv_kernel", "_paged_attention_fwd_kernel",
+             "_norm_fwd_kernel", "_swiglu_fwd_kernel"]
+    assert launches == [*layer, *layer, "_norm_fwd_kernel"]
+    channels = spec.head_dim
+    assert products == 2 * [(8 * channels, 32), (32, 4 * channels), (2 * inner, 32), (32, inner)]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
