@@ -2,11 +2,12 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrl.backends import use_backend
 from fastrl.models import CausalLM, PackedAttention, PagedAttention, decoder_config, new_decoder
@@ -75,28 +76,39 @@ def test_pages_are_as_good_as_torch(family: str) -> None:
                    prefill_and_decode(copy.deepcopy(model).double()))
 
 
-def test_a_layer_of_a_decode_step_is_five_kernels_and_four_products(
-    launches: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing is added, turned, scaled or split by a launch of its own."""
-    model, products, linear = tiny("qwen3"), [], F.linear
+class Ops(TorchDispatchMode):
+    """The ops of torch that were run."""
 
-    def counted(x: Tensor, weight: Tensor, *others: Tensor | None) -> Tensor:
-        products.append(tuple(weight.shape))
-        return linear(x, weight, *others)
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.products: list[tuple[int, ...]] = []
 
-    monkeypatch.setattr(F, "linear", counted)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        if self.names[-1] == "mm":
+            self.products.append(tuple(args[1].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_layer_of_a_decode_step_is_five_kernels_and_four_products(launches: list[str]) -> None:
+    """Nothing is added, turned, scaled or put together by a launch of its own."""
+    model = tiny("qwen3")
     spec, inner = model.spec, model.backbone.config.intermediate_size
     pages = torch.zeros(2, spec.num_layers, 2, 4, spec.num_kv_heads, spec.head_dim)
     step = PagedAttention(pages, torch.tensor([[0, 1]]), torch.tensor([5]), torch.arange(2),
                           torch.tensor([6]), 1, 6)
-    with use_backend("triton"), torch.no_grad():
+    with use_backend("triton"), torch.no_grad(), Ops() as ops:
         model(torch.tensor([4]), torch.tensor([5]), step)
     layer = ["_norm_fwd_kernel", "_write_kv_kernel", "_paged_attention_fwd_kernel",
              "_norm_fwd_kernel", "_swiglu_fwd_kernel"]
     assert launches == [*layer, *layer, "_norm_fwd_kernel"]
     channels = spec.head_dim
-    assert products == 2 * [(8 * channels, 32), (32, 4 * channels), (2 * inner, 32), (32, inner)]
+    assert ops.products == 2 * [
+        (32, 8 * channels), (4 * channels, 32), (32, 2 * inner), (inner, 32)]
+    arithmetic = {"add", "cat", "div", "index_put_", "mean", "mul", "neg", "pow", "rsqrt",
+                  "sigmoid", "silu", "sub"}
+    assert [name for name in ops.names if name in arithmetic] == ["mul"]  # the angles of the step
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

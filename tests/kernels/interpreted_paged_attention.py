@@ -131,7 +131,7 @@ def test_splits(window: int | None) -> None:
 def test_splits_are_merged_from_the_left() -> None:
     """The parts of a decode step as the running sums of a pass that walks along the keys."""
     length = 3 * packed.SPLIT + 70
-    walk = make([2], [length], (4, 2), C=32, page_size=16, dtype=torch.float16)
+    walk = make([2], [length], (4, 2), C=32, page_size=16)
     step = walk | {"query": walk["query"][1:], "cu_seqlens_q": torch.tensor([0, 1]),
                    "max_seqlen_q": 1}
     assert torch.equal(ours(step)[0], ours(walk)[1])
