@@ -37,7 +37,7 @@ COMMANDS: dict[str, str] = {
     "doctor": "Say what this machine can run, and try it",
 }
 
-PLANNED = ("sft", "reward", "ppo")
+PLANNED = ("pretrain", "sft", "reward", "ppo", "dpo")
 """Stages that `fastrl plan` knows."""
 
 
@@ -262,7 +262,7 @@ def _plan(parser: Parser, argv: list[str]) -> int:
 
 
 def _plan_stage(kind: str, parser: Parser, argv: list[str]) -> int:
-    """`fastrl plan sft | reward | ppo`: the settings of the stage; files and folders may lack."""
+    """`fastrl plan STAGE`: the settings of the stage; files and folders may lack."""
     parser.prog = f"{parser.prog} {kind}"
     outer = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
     for each in (outer, parser):  # the one that reads it, and the one that has the help

@@ -22,7 +22,10 @@ from fastrl.config import to_dict
 from fastrl.errors import ConfigError
 
 TIMING_AREAS = ("time", "throughput", "memory")
-"""Areas whose values differ between two equal runs; they go to timing.jsonl."""
+"""Areas whose values differ between two equal runs, settings among them left out; they go to
+timing.jsonl."""
+SETTINGS = frozenset({"memory/max_tokens_per_microbatch"})
+"""Values of those areas that an equal run repeats."""
 
 _PACKAGES = ("fastrl-engine", "torch", "transformers", "tokenizers", "safetensors", "numpy",
              "triton")
@@ -55,7 +58,10 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def peak_memory_gib(device: torch.device | str) -> float:
-    """Most memory used so far: of the process on a CPU, of PyTorch's allocator on a GPU."""
+    """Most memory since the peak was last started anew (`fastrl.memory.measure`), or so far.
+
+    Of the process on a CPU, of PyTorch's allocator on a GPU.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource  # absent on Windows
@@ -96,6 +102,11 @@ class PhaseTimer:
         if num_tokens is not None:
             metrics["throughput/tokens_per_s"] = num_tokens / max(step, 1e-9)
         return metrics
+
+
+def is_timing(name: str) -> bool:
+    """True for a metric that may differ between two equal runs."""
+    return name.partition("/")[0] in TIMING_AREAS and name not in SETTINGS
 
 
 class RunFolder:
@@ -158,13 +169,13 @@ class RunFolder:
                 self.path.rmdir()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one step's metrics: timing areas to timing.jsonl, the others to metrics.jsonl.
+        """Write one step's metrics: what `is_timing` to timing.jsonl, the others to metrics.jsonl.
 
         Args:
             step: Finished steps, from 1 (0 is the state before training).
             metrics: `area/name` to number.
         """
-        timing = {k: v for k, v in metrics.items() if k.partition("/")[0] in TIMING_AREAS}
+        timing = {k: v for k, v in metrics.items() if is_timing(k)}
         values = {k: v for k, v in metrics.items() if k not in timing}
         if values:
             self.append("metrics.jsonl", {"step": step, **values})

@@ -19,11 +19,12 @@ from fastrl.memory.shapes import (
     shape_of_config,
     shape_of_folder,
 )
-from fastrl.memory.stages import Device, plan_ppo, plan_reward, plan_sft
+from fastrl.memory.stages import plan_dpo, plan_ppo, plan_reward, plan_sft
+from fastrl.memory.training import Device
 from fastrl.models.families import decoder_config
 from fastrl.options import UNREAD
 from fastrl.recipe import load_recipe
-from fastrl.runs import PPORun, PretrainRun, RewardRun, SelectRun, SFTRun, StageRun
+from fastrl.runs import DPORun, PPORun, PretrainRun, RewardRun, SelectRun, SFTRun, StageRun
 from fastrl.trainers.common import resolve_device, resolve_dtype
 
 CARDS = ("24GB", "48GB", "80GB", "141GB")
@@ -40,7 +41,7 @@ def plan_stage(kind: str, config: StageRun, shape: str | None, console: Console)
     """Print the plan of one stage; True when it fits.
 
     Args:
-        kind: sft, reward or ppo.
+        kind: pretrain, sft, reward, ppo or dpo.
         config: Its settings.
         shape: A name of `NAMED` that stands for every model folder; None reads the folders.
         console: Where the tables go.
@@ -51,7 +52,10 @@ def plan_stage(kind: str, config: StageRun, shape: str | None, console: Console)
                               f"--shape NAME, got neither; names: {', '.join(NAMED)}")
         return shape_named(shape) if shape is not None else shape_of_folder(path)
 
-    plan = _plan(config, shape_of)
+    new = None
+    if isinstance(config, PretrainRun):
+        new = _new_shape(kind, config) if shape is None else shape_named(shape)
+    plan = _plan(config, shape_of, new)
     show(kind, plan, console)
     return plan.fits
 
@@ -79,9 +83,9 @@ def plan_recipe(path: Path, data_root: Path, overrides: Sequence[str], gpu_memor
         config = stage.config
         if isinstance(config, PretrainRun):
             shapes[stage.name] = _new_shape(stage.name, config)
-        elif isinstance(config, SelectRun | SFTRun | RewardRun | PPORun):
+        elif isinstance(config, SelectRun | SFTRun | RewardRun | PPORun | DPORun):
             shapes[stage.name] = shape_of(config.model_name_or_path)
-        if isinstance(config, SFTRun | PretrainRun | RewardRun | PPORun):
+        if isinstance(config, SFTRun | PretrainRun | RewardRun | PPORun | DPORun):
             if gpu_memory is not None:
                 config = dataclasses.replace(config, gpu_memory=gpu_memory)
             plan = _plan(config, shape_of, shapes[stage.name])
@@ -104,6 +108,10 @@ def _plan(config: StageRun, shape_of: Callable[[str], ModelShape],
         reference = config.reference_model
         return plan_ppo(config, policy, device, reward_model=reward_model,
                         reference=None if reference is None else shape_of(reference))
+    if isinstance(config, DPORun):
+        second = config.reference_model
+        return plan_dpo(config, shape_of(config.model_name_or_path), device,
+                        reference=None if second is None else shape_of(second))
     if isinstance(config, RewardRun):
         return plan_reward(config, shape_of(config.model_name_or_path), device)
     if isinstance(config, SFTRun):

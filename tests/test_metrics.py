@@ -55,11 +55,14 @@ def test_nested_config_is_saved(tmp_path):
 def test_timing_is_kept_apart_from_deterministic_values(tmp_path):
     with RunFolder(tmp_path, SFTConfig(), stage="sft") as run:
         run.log(1, {"loss/train": 2.0, "time/step_s": 0.1, "throughput/tokens_per_s": 5.0,
-                    "memory/peak_gib": 1.0, "timely/name": 3.0})
+                    "memory/peak_gib": 1.0, "memory/max_tokens_per_microbatch": 64.0,
+                    "timely/name": 3.0})
         run.log(2, {"time/step_s": 0.2})
         run.log(3, {"loss/train": 1.0})
     assert read_lines(tmp_path / "metrics.jsonl") == [
-        {"step": 1, "loss/train": 2.0, "timely/name": 3.0}, {"step": 3, "loss/train": 1.0}]
+        {"step": 1, "loss/train": 2.0, "memory/max_tokens_per_microbatch": 64.0,
+         "timely/name": 3.0},
+        {"step": 3, "loss/train": 1.0}]
     assert read_lines(tmp_path / "timing.jsonl") == [
         {"step": 1, "time/step_s": 0.1, "throughput/tokens_per_s": 5.0, "memory/peak_gib": 1.0},
         {"step": 2, "time/step_s": 0.2}]

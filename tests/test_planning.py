@@ -22,12 +22,32 @@ def small_model(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "reward", "ppo", "dpo"])
 def test_a_shape_needs_no_file(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", kind, "--shape", "qwen3-0.6b", "--gpu-memory", "80GiB"]) == 0
     out = capsys.readouterr().out
     assert "memory plan fits" in out and "of 80.0 GiB" in out
     assert "1.1 GiB" in out  # 596 million weights of 2 bytes
+
+
+def test_a_new_model_is_planned_from_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "pretrain", "--gpu-memory", "8GiB", "--vocab_size", "512",
+                     "--hidden_size", "4096", "--num_layers", "1", "--num_heads", "32",
+                     "--intermediate_size", "8192"]) == 0
+    out = capsys.readouterr().out
+    # 512 D + 4 D^2 + 3 x 8192 D + 3 D numbers for D = 4096, 2 bytes each: 323 MiB.
+    assert re.search(r"policy\s.*324 MiB.*update", out)
+
+
+def test_dpo_has_its_second_model_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(small_model(tmp_path))
+    words = ["plan", "dpo", "--gpu-memory", "24GiB", "--model_name_or_path", folder]
+    assert cli.main(words) == 0
+    assert "reference" not in capsys.readouterr().out
+    assert cli.main([*words, "--reference_model", folder]) == 0
+    assert re.search(r"reference\s.*scoring\s.*gone", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("spelling", [["--gpu-memory", "1GiB"], ["--gpu_memory", "1GiB"],
@@ -64,7 +84,7 @@ def test_a_folder_is_planned_for_this_machine(
     (["ppo", "--shape", "qwen3-4b", "--gpu-memory", "0GiB"], "gpu_memory: expected a number above"),
     (["ppo", "--shape", "qwen3-4b", "--kl_coeff", "1"], "did you mean --kl_coef?"),
     (["sft", "--model_name_or_path", "/nowhere/at/all"], "expected a model folder"),
-    ([], "expected sft, reward, ppo, a recipe or --table, got nothing"),
+    ([], "expected pretrain, sft, reward, ppo, dpo, a recipe or --table, got nothing"),
 ])
 def test_mistakes_are_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]
                             ) -> None:
@@ -95,15 +115,16 @@ def test_a_recipe_is_planned_stage_by_stage(
          "select_by": "last"},
         {"name": "reward", "kind": "reward", "model_name_or_path": "m", "data": ["r.jsonl"]},
         {"name": "ppo", "kind": "ppo", "model_name_or_path": "@sft", "reward_model": "@reward",
-         "prompts": ["p.jsonl"]}]
+         "prompts": ["p.jsonl"]},
+        {"name": "dpo", "kind": "dpo", "model_name_or_path": "@sft", "data": ["r.jsonl"]}]
     recipe = tmp_path / "small.yaml"
     recipe.write_text(json.dumps({"name": "small", "stages": stages}))
     words = ["plan", str(recipe), "--data_root", str(tmp_path), "--gpu-memory", "24GiB"]
     assert cli.main(words) == 0
     out = capsys.readouterr().out
-    assert [name for name in ("base", "sft", "reward", "ppo") if f"{name}: phases" in out] \
-        == ["base", "sft", "reward", "ppo"]
-    assert out.count("memory plan fits") == 4
+    assert [name for name in ("base", "sft", "reward", "ppo", "dpo") if f"{name}: phases" in out] \
+        == ["base", "sft", "reward", "ppo", "dpo"]
+    assert out.count("memory plan fits") == 5
     assert cli.main([*words, "--sft.max_seq_tokens", "4096", "--gpu-memory", "770MiB"]) == 1
 
 

@@ -16,7 +16,8 @@ from fastrl.errors import ConfigError
 from fastrl.memory.plan import MemoryPlan, gib
 from fastrl.memory.report import describe, headline
 from fastrl.memory.sizes import GIB
-from fastrl.memory.stages import Config, Device
+from fastrl.memory.stages import Config
+from fastrl.memory.training import Device
 from fastrl.metrics import RunFolder
 from fastrl.models.causal_lm import CausalLM, ScalarModel
 

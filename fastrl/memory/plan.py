@@ -39,7 +39,7 @@ class Moment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resident:
-    """One thing that is kept from step to step."""
+    """One thing that takes memory."""
 
     name: str
     num_bytes: int
@@ -47,6 +47,8 @@ class Resident:
     """Phases that need it on the device."""
     is_parked: bool
     """True: it waits on the host in the other phases."""
+    is_kept: bool
+    """False: it exists only while it is needed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +178,8 @@ def _residents(
             if moment.phase not in phases.setdefault(name, []):
                 phases[name].append(moment.phase)
     return tuple(Resident(name=name, num_bytes=sizes[name], phases=tuple(phases[name]),
-                          is_parked=name in parks) for name in sizes)
+                          is_parked=name in parks, is_kept=name in demand.kept)
+                 for name in sizes)
 
 
 def _present(demand: Demand, parks: frozenset[str], moment: Moment) -> dict[str, int]:

@@ -3,15 +3,12 @@
 from fastrl.memory.plan import MemoryPlan, gib
 
 COLUMNS = ("resident", "bytes", "needed in", "elsewhere")
-PASSING = frozenset({"policy_gradients", "critic_gradients", "reward_model_gradients", "kv_cache",
-                     "activations", "logits", "scratch", "swapped"})
-"""What exists only while it is needed."""
 
 
 def resident_rows(plan: MemoryPlan) -> list[tuple[str, str, str, str]]:
     """The largest bytes of each resident, the phases that need it, and where it is otherwise."""
     return [(r.name, gib(r.num_bytes), ", ".join(r.phases),
-             "gone" if r.name in PASSING else "on the host" if r.is_parked else "stays")
+             "gone" if not r.is_kept else "on the host" if r.is_parked else "stays")
             for r in plan.residents]
 
 

@@ -135,6 +135,18 @@ def loss_bytes(decoder: DecoderConfig, dtype: torch.dtype, num_rows: int) -> int
     return rows + head * w + max(forward, backward)
 
 
+def logprob_bytes(decoder: DecoderConfig, dtype: torch.dtype, num_rows: int) -> int:
+    """Most bytes of `linear_logprobs` over M rows, with gradient.
+
+    Backward: a half-precision head in float32, two buffers of a chunk, the gradient of the head in
+    float32 and rounded; for each row its state, the gradient of that, and its place in the stream.
+    """
+    e, w = dtype.itemsize, wide_dtype(dtype).itemsize
+    head = decoder.vocab_size * decoder.hidden_size
+    rows = num_rows * decoder.hidden_size * (2 * e + w)
+    return rows + head * w + (head * (w + e) if e != w else 0) + _chunk_bytes(decoder, num_rows, w)
+
+
 def scoring_bytes(decoder: DecoderConfig, dtype: torch.dtype, num_rows: int) -> int:
     """Most bytes of `linear_logprobs` over M rows, without gradient."""
     e, w = dtype.itemsize, wide_dtype(dtype).itemsize

@@ -19,12 +19,13 @@ from torch import Tensor
 from fastrl.config import DPOConfig
 from fastrl.errors import DataError
 from fastrl.losses import dpo_loss
+from fastrl.memory.measure import MemoryWatch, device_of, fitted
+from fastrl.memory.shapes import shape_of_model
+from fastrl.memory.stages import plan_dpo
 from fastrl.metrics import PhaseTimer, RunFolder, peak_memory_gib
 from fastrl.models.causal_lm import CausalLM
-from fastrl.ops import linear_logprobs
 from fastrl.optim import AdamW, Schedule, clip_scale
 from fastrl.out_of_memory import run_in_passes
-from fastrl.packing import predict_rows
 from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import (
     Progress,
@@ -33,16 +34,11 @@ from fastrl.trainers.common import (
     check_finite,
     epoch_batches,
     mode,
-    packed_forward,
     prepare_backbone,
     require_rows,
 )
-from fastrl.trainers.reward import (
-    check_comparison,
-    fit_comparisons,
-    group_lengths,
-    prompted_sequences,
-)
+from fastrl.trainers.dpo_pairs import completion_logprobs, ranked_pairs
+from fastrl.trainers.reward import check_comparison, fit_comparisons, group_lengths
 from fastrl.trainers.reward_report import has_pair
 from fastrl.types import Comparison
 
@@ -87,7 +83,7 @@ class DPOTrainer:
         eval: Sequence[Comparison] = (),
         run: RunFolder | None = None,
     ) -> None:
-        self.config, self.policy, self.run = config, policy, run
+        self.policy, self.run = policy, run
         for index, comparison in enumerate((*train, *eval)):
             check_comparison(comparison, index)
             if min(map(len, comparison.completions)) == 0:
@@ -104,9 +100,16 @@ class DPOTrainer:
         held_out = [c for c in fit_comparisons(eval, config.max_seq_tokens)[0] if has_pair(c)]
         if eval:
             require_rows(held_out, "held-out rankings with a pair of different ranks")
-        source = policy if reference is None else reference
-        self.examples = self._with_reference(source, fitting)
-        self.eval = self._with_reference(source, held_out)
+        models = [policy] if reference is None else [policy, reference]
+        shapes = [shape_of_model("policy", model) for model in models]
+        device = device_of(policy, config)
+        plan = plan_dpo(config, shapes[0], device, reference=dict(enumerate(shapes)).get(1),
+                        longest=max(group_lengths((*fitting, *held_out), config.share_prefix)))
+        self.memory = MemoryWatch(plan, policy.lm_head.weight.device,
+                                  (p for model in models for p in model.parameters()), run)
+        self.config = config = fitted(config, plan, device.type)
+        self.examples = self._with_reference(models[-1], fitting)
+        self.eval = self._with_reference(models[-1], held_out)
         self.steps_per_epoch = -(-len(fitting) // config.batch_size)
         self.num_steps = config.max_steps or self.steps_per_epoch * config.num_epochs
         self.budget = TokenBudget(config)
@@ -129,7 +132,7 @@ class DPOTrainer:
             examples.extend(DPOExample(c, tuple(next(logprobs) for _ in c.completions))
                             for c in group)
 
-        with mode(reference, train=False), torch.no_grad():
+        with self.memory.phase("scoring"), mode(reference, train=False), torch.no_grad():
             run_in_passes(group_lengths(comparisons, self.config.share_prefix),
                           self.config.max_tokens_per_microbatch, run, "reference log-probs")
         return examples
@@ -140,6 +143,11 @@ class DPOTrainer:
 
     def step(self) -> dict[str, float]:
         """One optimiser step over `batch_size` prompts; returns its metrics."""
+        with self.memory.phase("update"):
+            metrics = self._step()
+        return metrics | self.memory.metrics()
+
+    def _step(self) -> dict[str, float]:
         config, timer, number = self.config, PhaseTimer(), self.num_finished + 1
         epoch, index = divmod(self.num_finished, self.steps_per_epoch)
         rows = epoch_batches(len(self.examples), config.batch_size, config.seed, epoch)[index]
@@ -248,48 +256,6 @@ class DPOTrainer:
         }
         totals = (weight * torch.stack(list(columns.values()))).sum(dim=1).tolist()
         return loss, dict(zip(columns, totals, strict=True))
-
-
-def completion_logprobs(
-    model: CausalLM, comparisons: Sequence[Comparison], *, is_mean: bool = False,
-    share_prefix: bool = True,
-) -> Tensor:
-    """Log-prob of every completion after its prompt, one forward pass for all.
-
-    Args:
-        model: A language model over the rankings' vocabulary.
-        comparisons: Rankings; completions of at least one token.
-        is_mean: Divide by the completion's tokens.
-        share_prefix: Encode the prompt of a ranking once.
-    Returns:
-        [sum of K] float32 or wider, in order of comparison, then completion; differentiable.
-    """
-    hidden, batch = packed_forward(model, *prompted_sequences(comparisons),
-                                   share_prefix=share_prefix)
-    lengths = torch.tensor([len(ids) for c in comparisons for ids in c.completions],
-                           device=hidden.device)
-    rows, targets = predict_rows(batch.is_response, batch)
-    logprobs, _ = model.lm_head(hidden[rows], linear_logprobs, batch.token_ids[targets])
-    totals: Tensor = torch.segment_reduce(logprobs, "sum", lengths=lengths)
-    return totals / lengths if is_mean else totals
-
-
-def ranked_pairs(comparisons: Sequence[Comparison]) -> tuple[list[tuple[int, int]], list[float]]:
-    """Every pair of different ranks, as numbers of completions counted over all comparisons.
-
-    Returns:
-        pairs: (better, worse) each. weights: 1 / pairs of the same comparison.
-    """
-    pairs: list[tuple[int, int]] = []
-    weights: list[float] = []
-    begin = 0
-    for c in comparisons:
-        own = [(begin + i, begin + j) for i, rank in enumerate(c.ranks)
-               for j, other in enumerate(c.ranks) if rank < other]
-        pairs += own
-        weights += [1 / len(own)] * len(own)
-        begin += len(c.ranks)
-    return pairs, weights
 
 
 def _sum_by_name(parts: Sequence[dict[str, float]]) -> dict[str, float]:

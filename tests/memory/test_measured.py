@@ -6,13 +6,14 @@ import logging
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastrl.config import PPOConfig, RewardConfig, SFTConfig
+from fastrl.config import DPOConfig, PPOConfig, RewardConfig, SamplingConfig, SFTConfig
 from fastrl.errors import ConfigError
 from fastrl.glossary import GLOSSARY
 from fastrl.memory import measure
@@ -22,9 +23,13 @@ from fastrl.memory.sizes import GIB
 from fastrl.metrics import RunFolder
 from fastrl.models import CausalLM, new_decoder, scalar_from_causal
 from fastrl.models.families import decoder_config
+from fastrl.rewards import RewardModelScorer
+from fastrl.trainers.dpo import DPOTrainer
+from fastrl.trainers.ppo import PPOTrainer
+from fastrl.trainers.ppo_trunks import initial_critic
 from fastrl.trainers.reward import RewardTrainer
 from fastrl.trainers.sft import SFTTrainer
-from fastrl.types import Comparison, TokenExample
+from fastrl.types import Comparison, Prompt, TokenExample
 
 SCRIPT = Path(__file__).with_name("measured_stage.py")
 ROOT = SCRIPT.parents[2]
@@ -44,14 +49,17 @@ def measured(stage: str, *settings: str) -> dict[str, Any]:
 
 
 @needs_linux
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "long", "reward", "dpo", "ppo"])
 def test_plan_and_peak_agree_to_a_fifth(stage: str) -> None:
-    """At least 1 GiB planned; every phase of PPO, not the largest alone."""
+    """At least 1 GiB planned; every phase; in "long" mostly activations, else mostly weights."""
     metrics = measured(stage)
     assert metrics[f"memory/{metrics['peak_phase']}_planned_gib"] >= 1
-    phases = ("rollout", "scoring", "policy_update", "critic_update") if stage == "ppo" \
-        else ("update",)
-    for phase in phases:
+    if stage == "long":
+        present = metrics["phases"]["update"]
+        assert present["activations"] >= sum(present.values()) / 2
+    phases = {"ppo": ("rollout", "scoring", "policy_update", "critic_update"),
+              "dpo": ("scoring", "update")}
+    for phase in phases.get(stage, ("update",)):
         planned = metrics[f"memory/{phase}_planned_gib"]
         assert metrics[f"memory/{phase}_peak_gib"] == pytest.approx(planned, rel=0.2), phase
 
@@ -118,6 +126,69 @@ def test_a_gpu_gets_the_sizes_of_the_plan() -> None:
 def tiny() -> CausalLM:
     return new_decoder(decoder_config("llama", vocab_size=31, hidden_size=16, num_layers=1,
                                       num_heads=2, max_positions=32), 0)
+
+
+def tiny_ppo(config: PPOConfig, run: RunFolder | None = None) -> PPOTrainer:
+    policy, reward_model = tiny(), scalar_from_causal(tiny(), 0)
+    return PPOTrainer(config, policy, tiny(), initial_critic(config, policy, reward_model),
+                      RewardModelScorer(reward_model, 64), [Prompt((2, 3, 4), "")], run=run)
+
+
+def test_ppo_plans_at_its_start_and_measures_every_phase_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = PPOConfig(rollout_batch_size=2, minibatch_size=2, eval_steps=None,
+                       gpu_memory="2GiB", ema_decay=0.9, missing_eos_penalty=None,
+                       sampling=SamplingConfig(max_new_tokens=4))
+    with RunFolder(tmp_path / "ppo", config, stage="ppo") as run, \
+            caplog.at_level(logging.INFO, logger="fastrl"):
+        trainer = tiny_ppo(config, run)
+        first, second = trainer.step(), trainer.step()
+    lines = [line for line in caplog.text.splitlines() if "memory plan" in line]
+    assert len(lines) == 1 and "memory plan fits: " in lines[0] and "of 2.0 GiB" in lines[0]
+    written = json.loads((tmp_path / "ppo/plan.json").read_text("utf-8"))
+    phases = ("rollout", "scoring", "policy_update", "critic_update")
+    assert set(written["totals"]) == set(phases)
+    for phase in phases:
+        assert written["totals"][phase] == trainer.memory.plan.total(phase)
+        assert first[f"memory/{phase}_planned_gib"] == written["totals"][phase] / GIB
+        assert f"memory/{phase}_peak_gib" in first
+    assert not any(name.endswith("_planned_gib") for name in second)
+    kept = {r["name"]: r["num_bytes"] for r in written["residents"] if r["is_kept"]}
+    weights = sum(p.nbytes for p in trainer.policy.parameters())
+    assert kept["policy"] == kept["reference"] == weights
+    assert kept["policy_optimizer"] == kept["ema"] * 2 == 2 * weights
+    assert written["num_pages"] > 0 and kept.keys() >= {"critic", "reward_model"}
+
+
+@pytest.mark.parametrize("second", [True, False])
+def test_dpo_plans_its_reference_before_the_first_step_only(
+    second: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = DPOConfig(batch_size=1, gpu_memory="2GiB", max_steps=2)
+    rankings = [Comparison((2, 3), ((4, 5), (6, 7)), (0, 1))]
+    policy, reference = tiny(), tiny() if second else None
+    with RunFolder(tmp_path / "dpo", config, stage="dpo") as run, \
+            caplog.at_level(logging.INFO, logger="fastrl"):
+        trainer = DPOTrainer(config, policy, rankings, reference=reference, run=run)
+        gone = None if reference is None else weakref.ref(reference)
+        del reference
+        first, again = trainer.step(), trainer.step()
+    assert gone is None or gone() is None  # nothing in the trainer holds it
+    assert caplog.text.count("memory plan fits: ") == 1 and "of 2.0 GiB" in caplog.text
+    written = json.loads((tmp_path / "dpo/plan.json").read_text("utf-8"))
+    weights = sum(p.nbytes for p in policy.parameters())
+    assert ("reference" in written["phases"]["scoring"]) == second
+    assert "reference" not in written["phases"]["update"]
+    assert written["phases"]["scoring"].get("reference", weights) == weights
+    assert "policy_optimizer" not in written["phases"]["scoring"]
+    assert written["phases"]["update"]["policy_optimizer"] == 2 * weights
+    names = {f"memory/{phase}_{kind}_gib" for phase in ("scoring", "update")
+             for kind in ("planned", "peak")}
+    assert names <= first.keys() and not names & again.keys()
+    assert first["memory/scoring_planned_gib"] == written["totals"]["scoring"] / GIB
+    plain = DPOTrainer(dataclasses.replace(config, reference="none"), tiny(), rankings)
+    assert set(plain.memory.plan.phases) == {"update"}
 
 
 def test_trainers_plan_at_their_start_and_measure_once(

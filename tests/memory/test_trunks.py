@@ -9,7 +9,8 @@ import torch
 from fastrl.config import EngineConfig, PPOConfig, SamplingConfig
 from fastrl.memory.plan import MemoryPlan
 from fastrl.memory.shapes import shape_named
-from fastrl.memory.stages import Device, plan_ppo
+from fastrl.memory.stages import plan_ppo
+from fastrl.memory.training import Device
 
 LLAMA_8B = shape_named("llama-3.1-8b")
 WEIGHTS, WIDTH, GB = 16_060_522_496, 4096, 10**9

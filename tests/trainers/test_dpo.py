@@ -16,7 +16,7 @@ from fastrl.metrics import RunFolder
 from fastrl.models import DecoderConfig, new_decoder
 from fastrl.models.attention import PackedAttention
 from fastrl.trainers import DPOTrainer
-from fastrl.trainers.dpo import ranked_pairs
+from fastrl.trainers.dpo_pairs import ranked_pairs
 from fastrl.types import Comparison
 
 VOCAB = 17

@@ -17,7 +17,7 @@ from fastrl.config import PPOConfig, SamplingConfig
 from fastrl.engine import Engine
 from fastrl.errors import NumericsError
 from fastrl.glossary import GLOSSARY
-from fastrl.metrics import RunFolder
+from fastrl.metrics import RunFolder, is_timing
 from fastrl.models.causal_lm import CausalLM
 from fastrl.models.decoder import new_decoder
 from fastrl.models.scoring import response_logprobs
@@ -259,8 +259,7 @@ def test_equal_seeds_give_equal_runs(task: SimpleNamespace) -> None:
     def run(seed: int) -> tuple[list[torch.Tensor], list[dict[str, float]]]:
         trainer = task.make_trainer(inputs={"ptx": task.PTX}, seed=seed, ptx_coef=0.5)
         history = [trainer.step() for _ in range(3)]
-        timing = ("time/", "throughput/", "memory/")
-        values = [{k: v for k, v in metrics.items() if not k.startswith(timing)}
+        values = [{k: v for k, v in metrics.items() if not is_timing(k)}
                   for metrics in history]
         return task.weights_of(trainer.policy) + task.weights_of(trainer.critic), values
 

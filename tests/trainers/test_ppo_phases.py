@@ -12,7 +12,7 @@ from fastrl.config import PPOConfig
 from fastrl.engine import Engine
 from fastrl.errors import ConfigError
 from fastrl.memory.residents import PARKABLE
-from fastrl.metrics import PhaseTimer
+from fastrl.metrics import PhaseTimer, is_timing
 from fastrl.parsing import parse_config
 from fastrl.rewards import RewardModelScorer
 from fastrl.trainers.common import packed_forward
@@ -63,7 +63,7 @@ def test_policy_first_then_critic_equals_steps_in_turns(
 
             trainer._update = update  # type: ignore[method-assign]
         history = [{name: value for name, value in trainer.step().items()
-                    if not name.startswith(("time/", "throughput/", "memory/"))} for _ in range(3)]
+                    if not is_timing(name)} for _ in range(3)]
         return history, [*task.weights_of(trainer.policy), *task.weights_of(trainer.critic),
                          *trainer.policy_optimizer.state_dict().values(),
                          *trainer.critic_optimizer.state_dict().values()]
@@ -123,7 +123,7 @@ def test_parking_changes_no_number(task: SimpleNamespace, variant: str) -> None:
 
         def update(step: int, metrics: dict[str, float]) -> None:
             history.append({name: value for name, value in metrics.items()
-                            if not name.startswith(("time/", "throughput/", "memory/"))})
+                            if not is_timing(name)})
             # Between iterations anyone may ask the policy, such as the answers to sample prompts.
             trainer.engine.generate([[2, 3]], trainer.config.sampling, seed=step)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastrl.config import PPOConfig
 from fastrl.errors import ConfigError
+from fastrl.metrics import is_timing
 from fastrl.models.attention import PackedAttention
 from fastrl.models.causal_lm import scalar_from_causal
 from fastrl.models.heads import ScalarHead
@@ -252,7 +253,7 @@ def test_equal_seeds_give_equal_runs(task: SimpleNamespace, trunk: str) -> None:
     def run(seed: int) -> tuple[list[Tensor], list[dict[str, float]]]:
         trainer = make(task, trunk, seed=seed, learning_rate=1e-2)
         rows = [{name: value for name, value in trainer.step().items()
-                 if not name.startswith(("time/", "throughput/", "memory/"))} for _ in range(3)]
+                 if not is_timing(name)} for _ in range(3)]
         return task.weights_of(trainer.policy) + task.weights_of(trainer.critic), rows
 
     first, second, other = run(3), run(3), run(4)
@@ -298,7 +299,7 @@ def test_parking_changes_no_number(task: SimpleNamespace, variant: str) -> None:
     def run(parking: str) -> tuple[list[dict[str, float]], list[Tensor], frozenset[str]]:
         trainer = make(task, **PARKED[variant], parking=parking, eval_steps=2, learning_rate=1e-2)
         rows = [{name: value for name, value in trainer.step().items()
-                 if not name.startswith(("time/", "throughput/", "memory/"))} for _ in range(3)]
+                 if not is_timing(name)} for _ in range(3)]
         parked = trainer.residents.parked
         trainer.residents.fetch_all()
         return rows, task.weights_of(trainer.policy) + task.weights_of(trainer.critic), parked

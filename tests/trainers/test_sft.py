@@ -9,7 +9,7 @@ import torch
 from fastrl.config import SFTConfig
 from fastrl.errors import ConfigError, DataError, NumericsError
 from fastrl.glossary import GLOSSARY
-from fastrl.metrics import RunFolder
+from fastrl.metrics import RunFolder, is_timing
 from fastrl.models import DecoderConfig, new_decoder
 from fastrl.models.weights import load_causal_lm
 from fastrl.trainers.common import evaluate_token_loss
@@ -54,8 +54,7 @@ def assert_bit_equal(a, b):
 
 
 def deterministic(metrics):
-    timing = ("time/", "throughput/", "memory/")
-    return {k: v for k, v in metrics.items() if not k.startswith(timing)}
+    return {k: v for k, v in metrics.items() if not is_timing(k)}
 
 
 def test_sft_memorises_a_sentence_per_prompt():

@@ -10,7 +10,7 @@ from fastrl.exactness.settings import ONE_KERNEL
 from fastrl.models.causal_lm import scalar_from_causal
 from fastrl.rewards import RewardModelScorer
 from fastrl.trainers.common import packed_forward
-from fastrl.trainers.dpo import completion_logprobs
+from fastrl.trainers.dpo_pairs import completion_logprobs
 from fastrl.trainers.ppo_update import backward_critic, backward_policy
 from fastrl.types import Comparison
 

@@ -1,0 +1,144 @@
+"""What an iteration of PPO asks of the memory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from fastrl.config import PPOConfig
+from fastrl.dense_attention import slots_read
+from fastrl.memory import sizes
+from fastrl.memory.plan import Demand, Moment
+from fastrl.memory.shapes import ModelShape
+from fastrl.memory.training import Device, trained, training
+from fastrl.memory.trunks import head_sizes, on_trunk
+
+PAGE_SIZE = 16
+PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The shapes of PPO's models."""
+
+    policy: ModelShape
+    critic: ModelShape
+    reward_model: ModelShape | None
+    reference: ModelShape | None
+
+
+def ppo_demand(config: PPOConfig, models: Models, device: Device, longest: int | None) -> Demand:
+    """Four models in turns, and pages of keys and values."""
+    policy, dtype = models.policy, device.dtype
+    asked = config.max_prompt_tokens + config.sampling.max_new_tokens
+    longest = min(longest or asked, policy.decoder.max_positions)
+    kept = (trained("policy", policy.language_model, config, dtype)
+            | trained("critic", models.critic.scalar_model, config, dtype))
+    width = (models.reward_model or policy if config.critic_trunk == "reward" else policy
+             ).decoder.hidden_size
+    kept |= head_sizes(config, width, dtype)
+    if config.ema_decay is not None:
+        kept["ema"] = sizes.ema_bytes(policy.language_model, dtype)
+    if models.reference is not None:
+        kept["reference"] = sizes.weight_bytes(models.reference.language_model, dtype)
+    if models.reward_model is not None:
+        kept["reward_model"] = sizes.weight_bytes(models.reward_model.scalar_model, dtype)
+    page_size = _page_size(config, device, longest)
+    per_sequence = -(-longest // page_size)
+    num_sequences = min(config.engine.max_batch_size, config.rollout_batch_size) + 1
+    max_pages = config.engine.num_pages or num_sequences * per_sequence
+    page_bytes = sizes.kv_bytes(policy.decoder, dtype, page_size)
+
+    def moments(tokens: int, pages: int) -> list[Moment]:
+        cache = {"kv_cache": pages * page_bytes}
+        return on_trunk(config, width, dtype, [
+            *_rollout("rollout", ("policy",), config, policy, device, longest, cache),
+            *_scoring("scoring", config, models, device, min(
+                tokens, config.rollout_batch_size * longest), longest),
+            *_updates(config, models, device, min(
+                tokens, config.minibatch_size * longest), longest),
+            *_evaluation(config, models, device, tokens, longest, cache)])
+
+    return Demand(
+        kept=kept, moments=moments, max_tokens=config.max_tokens_per_microbatch,
+        min_tokens=longest, page_size=page_size, page_bytes=page_bytes,
+        min_pages=min(per_sequence, max_pages), max_pages=max_pages,
+        parking=config.parking)
+
+
+def _page_size(config: PPOConfig, device: Device, longest: int) -> int:
+    """Tokens per page, as the engine chooses it."""
+    if config.engine.page_size is not None:
+        return config.engine.page_size
+    is_whole = device.type == "cpu" and config.engine.num_pages is None
+    return slots_read(longest) if is_whole else PAGE_SIZE
+
+
+def _rollout(
+    phase: str, needs: tuple[str, ...], config: PPOConfig, policy: ModelShape, device: Device,
+    longest: int, cache: dict[str, int],
+) -> list[Moment]:
+    """Prefill in one pass, then decode a row per sequence."""
+    num_rows = min(config.engine.max_batch_size, config.rollout_batch_size)
+    prefill = config.engine.max_prefill_tokens or PREFILL_TOKENS.get(device.type, 8192)
+    prefill = max(longest, min(prefill, config.rollout_batch_size * longest))
+    forward = sizes.forward_bytes(policy.decoder, device.dtype, prefill)
+    logits = sizes.sampling_bytes(policy.decoder, device.dtype, num_rows, device_type=device.type)
+    copies = sizes.copy_bytes(policy.decoder, device.dtype, device_type=device.type)
+    return [Moment(phase, needs, cache | {"scratch": copies, "activations": forward}),
+            Moment(phase, needs, cache | {"scratch": copies, "logits": logits})]
+
+
+def _scoring(
+    phase: str, config: PPOConfig, models: Models, device: Device, tokens: int, longest: int,
+    swapped: Mapping[str, int] = MappingProxyType({}), needs: tuple[str, ...] = (),
+) -> list[Moment]:
+    """One model after the other; a language model makes logits, the others a number per token."""
+    moments = []
+    for name, shape in (("policy", models.policy), ("reference", models.reference),
+                        ("critic", models.critic), ("reward_model", models.reward_model)):
+        if shape is None:
+            continue
+        forward = sizes.forward_bytes(shape.decoder, device.dtype, tokens)
+        scores = (sizes.scoring_bytes if name in ("policy", "reference") else sizes.scalar_bytes)(
+            shape.decoder, device.dtype, _num_scored(config, tokens, longest))
+        moments += [Moment(phase, (*needs, name), {**swapped, "activations": forward}),
+                    Moment(phase, (*needs, name), {**swapped, "logits": scores})]
+    return moments
+
+
+def _num_scored(config: PPOConfig, tokens: int, longest: int) -> int:
+    """Response tokens of a microbatch, at most."""
+    return min(tokens, -(-tokens // longest) * config.sampling.max_new_tokens)
+
+
+def _updates(
+    config: PPOConfig, models: Models, device: Device, tokens: int, longest: int,
+) -> list[Moment]:
+    """The policy's steps, then the critic's."""
+    policy, critic, dtype = models.policy, models.critic, device.dtype
+    num_scored = tokens if config.ptx_coef > 0 else _num_scored(config, tokens, longest)
+    return [
+        *training("policy_update", "policy", policy.language_model, policy, config, device, tokens,
+                   sizes.loss_bytes(policy.decoder, dtype, num_scored),
+                   () if config.ema_decay is None else ("ema",)),
+        *training("critic_update", "critic", critic.scalar_model, critic, config, device, tokens,
+                   sizes.scalar_bytes(critic.decoder, dtype, tokens))]
+
+
+def _evaluation(
+    config: PPOConfig, models: Models, device: Device, tokens: int, longest: int,
+    cache: dict[str, int],
+) -> list[Moment]:
+    """Rollout and scores, with the average in place of the weights where that is judged."""
+    if config.eval_steps is None:
+        return []
+    tokens = min(tokens, config.num_eval_prompts * longest)
+    needs: tuple[str, ...] = ("policy",)
+    swapped: dict[str, int] = {}
+    if config.ema_decay is not None and config.eval_with_ema:
+        needs = ("policy", "ema")
+        swapped = {"swapped": sizes.weight_bytes(models.policy.language_model, device.dtype)}
+    return [
+        *_rollout("evaluation", needs, config, models.policy, device, longest, cache | swapped),
+        *(moment for moment in _scoring("evaluation", config, models, device, tokens, longest,
+                                        swapped, needs) if "critic" not in moment.needs)]

@@ -1,0 +1,54 @@
+"""Moments of a model that learns, in every stage."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastrl.config import TrainConfig
+from fastrl.memory import sizes
+from fastrl.memory.plan import Moment
+from fastrl.memory.shapes import ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where a stage runs, as far as a plan asks."""
+
+    type: str
+    """cuda or cpu."""
+    budget_bytes: int
+    """Memory for this process."""
+    dtype: torch.dtype
+    """Of the weights."""
+
+
+def trained(
+    name: str, numels: Sequence[int], config: TrainConfig, dtype: torch.dtype
+) -> dict[str, int]:
+    """Bytes of a model that learns: weights and optimiser."""
+    return {name: sizes.weight_bytes(numels, dtype),
+            f"{name}_optimizer": sizes.optimizer_bytes(numels, dtype, config.optimizer_moments)}
+
+
+def training(
+    phase: str, name: str, numels: Sequence[int], shape: ModelShape, config: TrainConfig,
+    device: Device, tokens: int, loss: int, also: tuple[str, ...] = (), has_dropout: bool = False,
+) -> list[Moment]:
+    """Backward through a model, then its optimiser step.
+
+    Args:
+        name: What the residents' names begin with.
+        tokens: Of a microbatch.
+        loss: Bytes of what the head makes.
+        also: What else the step needs on the device.
+    """
+    dtype = device.dtype
+    needs = (name, f"{name}_optimizer", *also)
+    gradients = {f"{name}_gradients": sizes.weight_bytes(numels, dtype)}
+    activations = sizes.activation_bytes(
+        shape.decoder, dtype, tokens, device_type=device.type,
+        is_checkpointed=config.activation_checkpointing, has_dropout=has_dropout)
+    scratch = sizes.scratch_bytes(numels, dtype, config.optimizer_moments, device_type=device.type)
+    return [Moment(phase, needs, gradients | {"activations": activations, "logits": loss}),
+            Moment(phase, needs, gradients | {"scratch": scratch})]
