@@ -8,16 +8,17 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastrl.checks import check_resident, wide_dtype
 from fastrl.config import TrainConfig
-from fastrl.errors import ConfigError, DeviceMemoryError, ShapeError
+from fastrl.errors import ConfigError, ShapeError
 from fastrl.ops import adamw_step, grad_norm
 from fastrl.ops.grad_norm import clip_coefficient
-from fastrl.out_of_memory import is_out_of_memory
+from fastrl.out_of_memory import call_again
 from fastrl.state_formats import code_dtype, num_blocks
 
 
@@ -99,34 +100,27 @@ class AdamW:
             learning_rate: Of this step.
             scale: Multiplies the gradients on the way, see `clip_scale`; None: 1.
         Raises:
-            DeviceMemoryError: when there is no memory for its temporaries. Weights may then have
-                been updated in part, so a trainer neither repeats the step nor goes on from it.
+            DeviceMemoryError: when there is no memory for its temporaries, in a second attempt
+                neither. Nothing has changed then; of weights of several dtypes, the first dtypes
+                may have been updated.
         """
         check_resident("AdamW", self._first[0])
-        try:
-            self._step(learning_rate, scale)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise DeviceMemoryError(
-                "optimizer step: expected memory for its temporaries, got none; weights may be "
-                "updated in part: go on from what was saved last, with a lower "
-                "max_tokens_per_microbatch or optimizer_moments 8bit") from error
-
-    def _step(self, learning_rate: float, scale: Tensor | None) -> None:
-        self.num_steps += 1
+        step = call_again(lambda: self.num_steps + 1, "optimizer step")
         active = [i for i, p in enumerate(self.parameters) if p.grad is not None]
         for dtype in dict.fromkeys(self.parameters[i].dtype for i in active):
             group = [i for i in active if self.parameters[i].dtype == dtype]
             parameters = [self.parameters[i] for i in group]
-            adamw_step(
-                parameters, [p.grad for p in parameters],  # type: ignore[misc]
+            call_again(partial(
+                adamw_step, parameters,
+                [p.grad for p in parameters],  # type: ignore[misc]
                 [self._first[i] for i in group], [self._second[i] for i in group],
                 [self._remainders[i] for i in group if i in self._remainders],
-                step=self.num_steps, learning_rate=learning_rate, betas=self.betas,
+                step=step, learning_rate=learning_rate, betas=self.betas,
                 epsilon=self.epsilon, weight_decay=self.weight_decay,
                 decayed=[p.ndim >= 2 for p in parameters], scale=scale,
-                moment_scales=[self._scales[i] for i in group] if self._scales else ())
+                moment_scales=[self._scales[i] for i in group] if self._scales else (),
+            ), "optimizer step")
+        self.num_steps.copy_(step)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Step count, moments and bf16 remainders under flat names; the tensors are not copied."""
@@ -297,8 +291,21 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """Move the averages towards the present weights."""
+        call_again(self._update, "moving average")
+
+    def _update(self) -> None:
+        sizes = dict[torch.dtype, int]()  # of the largest weight of each dtype that is converted
         for average, p in zip(self.averages, self.parameters, strict=True):
-            average.lerp_(p.detach().to(average.dtype), 1 - self.decay)
+            if average.dtype != p.dtype:
+                sizes[p.dtype] = max(sizes.get(p.dtype, 0), p.numel())
+        scratch = {dtype: torch.empty(size, dtype=torch.promote_types(dtype, torch.float32),
+                                      device=self.averages[0].device)
+                   for dtype, size in sizes.items()}
+        for average, p in zip(self.averages, self.parameters, strict=True):
+            weight = p.detach()
+            if p.dtype in scratch:
+                weight = scratch[p.dtype][:p.numel()].view(p.shape).copy_(weight)
+            average.lerp_(weight, 1 - self.decay)
 
     @torch.no_grad()
     def copy_to(self) -> None:

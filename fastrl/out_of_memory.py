@@ -1,7 +1,10 @@
 """When an allocation fails: how to know, and how to go on with smaller passes."""
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -9,6 +12,9 @@ from fastrl.errors import DeviceMemoryError
 from fastrl.packing import split_by_tokens
 
 logger = logging.getLogger("fastrl")
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 CPU_SIGNS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
 """How torch's allocator for CPUs says it, in a plain RuntimeError."""
@@ -18,6 +24,45 @@ def is_out_of_memory(error: BaseException) -> bool:
     """True for a failed allocation of torch, on a GPU or a CPU, and for nothing else."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in CPU_SIGNS))
+
+
+def call_again(call: Callable[[], Result], what: str) -> Result:
+    """What `call` returns; called once more, with all caches emptied, where memory ended.
+
+    Args:
+        call: Changes nothing before it has all memory that it needs.
+        what: It does, for messages.
+    Raises:
+        DeviceMemoryError: when memory ends twice.
+    """
+    for is_last in (False, True):
+        try:
+            return call()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if is_last:
+                raise DeviceMemoryError(
+                    f"{what}: expected memory for its temporaries, got none, twice in turn; free "
+                    "memory on the device, or make batches or the model smaller") from error
+        # Outside the handler: its traceback holds on to what the call has made.
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            gc.collect()
+            torch.cuda.empty_cache()
+        logger.warning("%s: no memory; repeated, results are the same", what)
+    raise AssertionError("not reached")
+
+
+def repeatable(what: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Marks a function without side effects: see `call_again`."""
+    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        @wraps(function)
+        def repeating(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            return call_again(lambda: function(*args, **kwargs), what)
+
+        return repeating
+
+    return decorate
 
 
 def run_in_passes(

@@ -24,17 +24,38 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         weight: bfloat16, remainder: int16, same shape.
     """
-    bits = master.view(torch.int32)
+    weight = torch.empty_like(master, dtype=torch.bfloat16)
+    remainder = torch.empty_like(master, dtype=torch.int16)
+    split_master_into(master, weight, remainder, torch.empty_like(master),
+                      torch.empty_like(master), torch.empty_like(master, dtype=torch.bool))
+    return weight, remainder
+
+
+def split_master_into(
+    master: Tensor, weight: Tensor, remainder: Tensor, one: Tensor, other: Tensor, mask: Tensor
+) -> None:
+    """`split_master` without new memory: `one`, `other` (float32) and `mask` (bool) are scratch."""
+    bits, high, spare = (x.view(torch.int32) for x in (master, one, other))
+    torch.bitwise_right_shift(torch.add(bits, 0x8000, out=high), 16, out=high)
     # A GPU's NaN is 0x7fffffff: rounded up it would become -0.
-    high = torch.where(master.isnan(), (bits >> 16) | 0x40, (bits + 0x8000) >> 16)
-    remainder = bits - (high << 16)
-    return high.to(torch.int16).view(torch.bfloat16), remainder.to(torch.int16)
+    torch.bitwise_right_shift(bits, 16, out=spare).bitwise_or_(0x40)
+    torch.where(torch.ne(master, master, out=mask), spare, high, out=high)
+    weight.view(torch.int16).copy_(high)
+    remainder.copy_(torch.sub(bits, high.bitwise_left_shift_(16), out=spare))
 
 
 def join_master(weight: Tensor, remainder: Tensor) -> Tensor:
     """The float32 values that `split_master` split, bit for bit."""
-    high = weight.view(torch.int16).to(torch.int32) << 16
-    return (high + remainder.to(torch.int32)).view(torch.float32)
+    master = torch.empty_like(weight, dtype=torch.float32)
+    join_master_into(weight, remainder, master, torch.empty_like(master))
+    return master
+
+
+def join_master_into(weight: Tensor, remainder: Tensor, master: Tensor, one: Tensor) -> None:
+    """`join_master` into `master` without new memory; `one` is scratch, float32."""
+    low = one.view(torch.int32)
+    low.copy_(remainder)
+    master.view(torch.int32).copy_(weight.view(torch.int16)).bitwise_left_shift_(16).add_(low)
 
 
 def exact_sqrt(values: Tensor, out: Tensor) -> Tensor:
@@ -79,27 +100,57 @@ def encode_moment(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     Returns:
         codes: [n]; scales: [ceil(n / 256)] float32, NaN for a block that holds NaN or an infinity.
     """
-    levels = 127 if signed else 255
     padded = values.new_zeros(num_blocks(len(values)) * BLOCK_SIZE)
     padded[:len(values)] = values
-    blocks = padded.view(-1, BLOCK_SIZE)
-    magnitudes = blocks.abs()
-    largest = magnitudes.amax(dim=1, keepdim=True)
-    scales = torch.where(largest.isfinite(), largest, torch.nan)
-    shares = magnitudes.div_(scales)
-    codes = exact_sqrt(shares, out=shares).mul_(levels).add_(0.5).floor_()
+    codes = torch.empty_like(values, dtype=code_dtype(signed))
+    scales = values.new_empty(num_blocks(len(values)))
+    encode_moment_into(padded, codes, scales, torch.empty_like(padded), torch.empty_like(padded),
+                       torch.empty_like(scales, dtype=torch.bool))
+    return codes, scales
+
+
+def encode_moment_into(
+    padded: Tensor, codes: Tensor, scales: Tensor, one: Tensor, other: Tensor, mask: Tensor
+) -> None:
+    """`encode_moment` into `codes` (int8: signed) and `scales` without new memory.
+
+    Args:
+        padded: The values, then zeros to the end of the last block; so long are `one` and `other`.
+        one, other: Scratch, float32.
+        mask: Scratch, bool, one for each block.
+    """
+    signed = codes.dtype == torch.int8
+    blocks, shares = padded.view(-1, BLOCK_SIZE), one.view(-1, BLOCK_SIZE)
+    column, is_off = scales[:, None], mask[:, None]
+    torch.amax(torch.abs(blocks, out=shares), dim=1, keepdim=True, out=column)
+    column.masked_fill_(torch.lt(column, torch.inf, out=is_off).logical_not_(), torch.nan)
+    exact_sqrt(shares.div_(column), out=shares).mul_(127 if signed else 255).add_(0.5).floor_()
     if signed:
-        codes = codes.copysign_(blocks)
-    else:
-        codes = codes.maximum((blocks > 0).to(codes.dtype))
-    codes = torch.where(scales > 0, codes, 0.0)
-    return codes.view(-1)[:len(values)].to(code_dtype(signed)), scales.view(-1)
+        shares.copysign_(blocks)
+    else:  # at least 1 for what is above 0
+        torch.maximum(shares, torch.sign(blocks, out=other.view(-1, BLOCK_SIZE)), out=shares)
+    shares.masked_fill_(torch.gt(column, 0, out=is_off).logical_not_(), 0.0)
+    codes.copy_(one[:len(codes)])
 
 
 def decode_moment(codes: Tensor, scales: Tensor) -> Tensor:
     """The float32 values [n] that `encode_moment` stored: sign(code) code^2 scale / levels^2."""
+    padded = scales.new_empty(len(scales) * BLOCK_SIZE)
+    decode_moment_into(codes, scales, padded, torch.empty_like(padded), torch.empty_like(scales))
+    return padded[:len(codes)]
+
+
+def decode_moment_into(
+    codes: Tensor, scales: Tensor, padded: Tensor, one: Tensor, units: Tensor
+) -> None:
+    """`decode_moment` into whole blocks, 0 behind the last value, without new memory.
+
+    Args:
+        padded: [256 len(scales)] float32.
+        one, units: Scratch, float32, of the sizes of `padded` and `scales`.
+    """
     levels = 127 if codes.dtype == torch.int8 else 255
-    numbers = codes.float()
-    squares = numbers * numbers.abs()
-    units = (scales / (levels * levels)).repeat_interleave(BLOCK_SIZE)[:len(codes)]
-    return squares.mul_(units)
+    padded[len(codes):].zero_()
+    padded[:len(codes)].copy_(codes)
+    padded.mul_(torch.abs(padded, out=one))
+    padded.view(-1, BLOCK_SIZE).mul_(torch.div(scales, levels * levels, out=units)[:, None])

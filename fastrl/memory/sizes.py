@@ -183,8 +183,8 @@ def sampling_bytes(
     return num_rows * row + head + _chunk_bytes(decoder, num_rows, w)
 
 
-SCRATCH_FLOATS = {("float32", False): 2, ("float32", True): 6, ("8bit", False): 9,
-                  ("8bit", True): 10}
+SCRATCH_FLOATS = {("float32", False): 2, ("float32", True): 3.25, ("8bit", False): 4.02,
+                  ("8bit", True): 5.27}
 """Floats per element of a piece that a step of the reference optimiser holds, by moments and
 whether weights are bf16; tests/memory/test_sizes.py measures them."""
 
@@ -199,4 +199,4 @@ def scratch_bytes(
     floats = SCRATCH_FLOATS[moments, dtype == torch.bfloat16]
     small = sum(numel for numel in numels if numel <= limit // 8)
     joined = 0 if moments == "8bit" else min(limit, small) * (3 * w + 2 * dtype.itemsize)
-    return piece * floats * w + joined
+    return int(piece * floats * w) + joined

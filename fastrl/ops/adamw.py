@@ -9,25 +9,18 @@ is rounded by itself, in this order, so that torch on any CPU and the kernels gi
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from fastrl.adamw_piece import Scratch, factors_of, update_piece
 from fastrl.backends import choose
 from fastrl.checks import check_device, check_like, check_not_negative, check_positive, wide_dtype
 from fastrl.errors import ShapeError
-from fastrl.state_formats import (
-    BLOCK_SIZE,
-    code_dtype,
-    decode_moment,
-    encode_moment,
-    exact_sqrt,
-    join_master,
-    num_blocks,
-    split_master,
-)
+from fastrl.out_of_memory import is_out_of_memory
+from fastrl.state_formats import BLOCK_SIZE, code_dtype, num_blocks
 
 # Order by measurement; no GPU result yet, so "auto" keeps the proven path.
 PREFERENCE = ("torch", "triton", "cuda")
@@ -36,78 +29,9 @@ PREFERENCE = ("torch", "triton", "cuda")
 # bounds those to some hundred MiB. Multiples of BLOCK_SIZE.
 PIECE_ELEMENTS = {"cpu": 1 << 16}
 LARGE_PIECE_ELEMENTS = 1 << 26
+LEAST_PIECE_ELEMENTS = 1 << 12  # of a pass where memory is short
 
 Scales = Sequence[tuple[Tensor, Tensor]]
-
-
-class _Factors(NamedTuple):
-    """Scalars of a step in the type of the arithmetic; as tensors they cost half as much."""
-
-    keep_first: Tensor
-    add_first: Tensor
-    keep_second: Tensor
-    add_second: Tensor
-    step_size: Tensor
-    epsilon: Tensor
-    decay: Tensor | None
-    scale: Tensor | None
-
-
-def _factors(
-    dtype: torch.dtype, step: Tensor, learning_rate: float, betas: tuple[float, float],
-    epsilon: float, weight_decay: float, scale: Tensor | None,
-) -> _Factors:
-    root = (1 - betas[1] ** step.double()).sqrt()
-    step_size = learning_rate * root / (1 - betas[0] ** step.double())
-    decay = 1 - learning_rate * weight_decay
-
-    def constant(value: float) -> Tensor:
-        return torch.tensor(value, dtype=dtype, device="cpu")
-
-    return _Factors(
-        constant(betas[0]), constant(1 - betas[0]), constant(betas[1]), constant(1 - betas[1]),
-        step_size.to(dtype), (epsilon * root).to(dtype), constant(decay) if decay != 1 else None,
-        None if scale is None else scale.to(dtype))
-
-
-def _update(
-    weight: Tensor, gradient: Tensor, m: Tensor, v: Tensor, factors: _Factors, decays: bool,
-    one: Tensor, other: Tensor,
-) -> None:
-    """The formula on flat tensors of one wide type; `one` and `other` are scratch of their size."""
-    if factors.scale is not None:
-        gradient = torch.mul(gradient, factors.scale, out=one)
-    torch.mul(gradient, factors.add_first, out=other)
-    m.mul_(factors.keep_first).add_(other)
-    torch.mul(gradient, factors.add_second, out=other).mul_(gradient)
-    v.mul_(factors.keep_second).add_(other)
-    exact_sqrt(v, out=other).add_(factors.epsilon)
-    torch.mul(m, factors.step_size, out=one)
-    if decays and factors.decay is not None:
-        weight.mul_(factors.decay)
-    weight.addcdiv_(one, other, value=-1)
-
-
-def _update_stored(
-    stored: Sequence[Tensor], scales: tuple[Tensor, ...], factors: _Factors, decays: bool,
-    scratch: Tensor,
-) -> None:
-    """The same on flat tensors as they are stored: weight, gradient, m, v, and a remainder."""
-    weight, gradient, first, second, *remainder = stored
-    size, m, v = len(weight), first, second
-    exact = join_master(weight, remainder[0]) if remainder else weight
-    if scales:
-        m, v = decode_moment(first, scales[0]), decode_moment(second, scales[1]).square_()
-    _update(exact, gradient.to(exact.dtype), m, v, factors, decays, scratch[0, :size],
-            scratch[1, :size])
-    if remainder:
-        for target, part in zip((weight, *remainder), split_master(exact), strict=True):
-            target.copy_(part)
-    if scales:
-        for target, part in zip((first, scales[0], second, scales[1]),
-                                (*encode_moment(m, signed=True),
-                                 *encode_moment(exact_sqrt(v, out=v), signed=False)), strict=True):
-            target.copy_(part)
 
 
 @torch.no_grad()
@@ -127,33 +51,69 @@ def adamw_step_reference(
     scale: Tensor | None = None,
     moment_scales: Scales = (),
 ) -> None:
-    """adamw_step in plain torch, in pieces whose temporaries stay in a CPU's cache."""
+    """adamw_step in plain torch, in pieces whose temporaries stay in a CPU's cache.
+
+    All memory is taken before the first element changes; where it is short, for smaller pieces.
+    """
     decayed = [True] * len(parameters) if decayed is None else decayed
     if weight_decay == 0:
         decayed = [False] * len(parameters)  # one bundle instead of two
-    dtype, device = wide_dtype(parameters[0].dtype), parameters[0].device
-    factors = _factors(dtype, step, learning_rate, betas, epsilon, weight_decay, scale)
+    factors = factors_of(wide_dtype(parameters[0].dtype), step, learning_rate, betas, epsilon,
+                       weight_decay, scale)
     columns = [parameters, gradients, first, second, *([remainders] if remainders else [])]
-    numels = [p.numel() for p in parameters]
-    limit = PIECE_ELEMENTS.get(device.type, LARGE_PIECE_ELEMENTS)
-    scratch = torch.empty(2, min(limit, sum(numels)), dtype=dtype, device=device)
-    small = 0 if moment_scales else limit // 8  # codes share scales, they cannot be joined
-    for i in (i for i, numel in enumerate(numels) if numel > small):
-        flat = [column[i].reshape(-1) for column in columns]
+    numels = [x.numel() for x in parameters]
+    limit, bundles, scratch, joined = _take_memory(columns, numels, decayed, bool(moment_scales))
+    bundled = {i for bundle in bundles for i in bundle}
+    large = [i for i in range(len(numels)) if i not in bundled]
+    flat = {i: [column[i].reshape(-1) for column in columns] for i in large}
+    for i in large:
         for begin in range(0, numels[i], limit):
             end = min(begin + limit, numels[i])
             scales = tuple(s[begin // BLOCK_SIZE:num_blocks(end)]
                            for s in (moment_scales[i] if moment_scales else ()))
-            _update_stored([x[begin:end] for x in flat], scales, factors, decayed[i], scratch)
+            update_piece([x[begin:end] for x in flat[i]], scales, factors, decayed[i], scratch)
         if not parameters[i].is_contiguous():
-            parameters[i].copy_(flat[0].view(parameters[i].shape))
-    for bundle in _bundles(numels, decayed, small, limit):
+            parameters[i].copy_(flat[i][0].view(parameters[i].shape))
+    for number, bundle in enumerate(bundles):
         tensors = [[column[i] for i in bundle] for column in columns]
-        joined = [_flatten_dense_tensors(x) for x in tensors]  # type: ignore[no-untyped-call]
-        _update_stored(joined, (), factors, decayed[bundle[0]], scratch)
-        for targets, values in zip(tensors[:1] + tensors[2:], joined[:1] + joined[2:], strict=True):
-            parts = _unflatten_dense_tensors(values, targets)  # type: ignore[no-untyped-call]
-            torch._foreach_copy_(targets, parts)
+        values = [whole[:sum(numels[i] for i in bundle)] for whole in joined]
+        for tensor_list, value in zip(tensors, values, strict=True):
+            if number > 0:  # the first was laid out with its memory
+                torch._foreach_copy_(_parts(value, tensor_list), tensor_list)
+        update_piece(values, (), factors, decayed[bundle[0]], scratch)
+        for targets, value in zip(tensors[:1] + tensors[2:], values[:1] + values[2:], strict=True):
+            torch._foreach_copy_(targets, _parts(value, targets))
+
+
+def _parts(joined: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Views of a flat tensor in the shapes of those that lie end to end in it."""
+    return list(_unflatten_dense_tensors(joined, like))  # type: ignore[no-untyped-call]
+
+
+def _take_memory(
+    columns: Sequence[Sequence[Tensor]], numels: Sequence[int], decayed: Sequence[bool],
+    is_8bit: bool,
+) -> tuple[int, list[list[int]], Scratch, list[Tensor]]:
+    """Elements of a piece, as many as there is memory for; bundles, the largest first; scratch;
+    the columns of the first bundle end to end."""
+    weight = columns[0][0]
+    limit = PIECE_ELEMENTS.get(weight.device.type, LARGE_PIECE_ELEMENTS)
+    while True:
+        # Codes share scales, so they cannot be joined.
+        bundles = [] if is_8bit else sorted(
+            _bundles(numels, decayed, limit // 8, limit),
+            key=lambda bundle: -sum(numels[i] for i in bundle))
+        try:
+            joined = [_flatten_dense_tensors(  # type: ignore[no-untyped-call]
+                [column[i] for i in bundles[0]]) for column in columns] if bundles else []
+            size = max([*(len(x) for x in joined), *numels])
+            scratch = Scratch(min(limit, size), weight,
+                              is_narrow=weight.dtype == torch.bfloat16, is_8bit=is_8bit)
+            return limit, bundles, scratch, joined
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or limit <= LEAST_PIECE_ELEMENTS:
+                raise
+        limit //= 2
 
 
 def _bundles(

@@ -180,16 +180,6 @@ def test_a_cpu_without_memory_counts_too(task: SimpleNamespace) -> None:
     assert seen == [100, 35]
 
 
-def test_an_optimizer_step_without_memory_is_never_repeated(task: SimpleNamespace) -> None:
-    model = task.tiny_model()
-    optimizer = AdamW(model.parameters())
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    with (FailingAllocations(lambda number: number == 5),
-          pytest.raises(DeviceMemoryError, match="optimizer step: .* go on from what was saved")):
-        optimizer.step(1e-3)
-
-
 def test_allocations_of_scoring_may_fail(task: SimpleNamespace) -> None:
     trainer, _ = _ppo(task)
     rollout = trainer.engine.generate(

@@ -149,8 +149,10 @@ def launch(
     rows = multi_tensor.adamw_rows(parameters, gradients, first, second, remainders, scales,
                                    decayed)
     numels = tuple(p.numel() for p in parameters)
-    for is_aligned, *group in multi_tensor.by_alignment(rows, numels, 7):
-        table, chunks = multi_tensor.tensor_table(*group, factors.device)
+    # All memory is taken before the first launch, so that a step is done or not done.
+    tables = [(is_aligned, *multi_tensor.tensor_table(*group, factors.device))
+              for is_aligned, *group in multi_tensor.by_alignment(rows, numels, 7)]
+    for is_aligned, table, chunks in tables:
         if len(chunks) > 0:
             _adamw_kernel[(len(chunks),)](
                 table, chunks, factors, beta1, 1 - beta1, beta2, 1 - beta2, decay,
