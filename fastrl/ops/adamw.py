@@ -106,6 +106,8 @@ def _take_memory(
         try:
             joined = [_flatten_dense_tensors(  # type: ignore[no-untyped-call]
                 [column[i] for i in bundles[0]]) for column in columns] if bundles else []
+            if bundles and len(bundles[0]) == 1:  # of one tensor it is a view
+                joined = [x.clone() for x in joined]
             size = max([*(len(x) for x in joined), *numels])
             scratch = Scratch(min(limit, size), weight,
                               is_narrow=weight.dtype == torch.bfloat16, is_8bit=is_8bit)
