@@ -71,7 +71,7 @@ def test_allocations_of_a_call_may_fail(
     _failures(model, SIZES[kind], stride)
 
 
-@pytest.mark.slow  # minutes: some 4000 calls
+@pytest.mark.exhaustive  # minutes: some 4000 calls
 @pytest.mark.parametrize("kind", SIZES)
 def test_every_allocation_of_a_call_may_fail(
     model: CausalLM, kind: str, pages_checked_after_every_step: None

@@ -110,7 +110,7 @@ def test_allocations_of_an_update_may_fail(
     _same_step(make, task, monkeypatch, num_points=8)
 
 
-@pytest.mark.slow  # minutes
+@pytest.mark.exhaustive  # minutes
 @pytest.mark.parametrize("make", [_ppo, _sft, _reward, _dpo])
 def test_every_allocation_of_an_update_may_fail(
     make: Any, task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
