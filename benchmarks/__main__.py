@@ -8,11 +8,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.big import run_big
 from benchmarks.cases import load_cases
 from benchmarks.engine import run_engine
 from benchmarks.engine_providers import PROVIDERS
-from benchmarks.exact import run_exact
 from benchmarks.kernels import DeviceInError, Settings, run_kernels
 from benchmarks.results import file_name, table
 from benchmarks.timing import MIN_ROUNDS
@@ -98,6 +96,8 @@ def exact(options: argparse.Namespace) -> int:
     """Compare rollout and update; 1 when something raised."""
     set_workspaces(options.device)  # before the name of the device is asked for
     deadline = time.monotonic() + options.budget
+    from benchmarks.exact import run_exact  # needs what trainers need
+
     path = options.out / file_name("exact", options.device)
     rows = run_exact(options.device, options.small, path, deadline)
     print(table(rows))
@@ -108,6 +108,8 @@ def exact(options: argparse.Namespace) -> int:
 
 def big(options: argparse.Namespace) -> int:
     """Measure an iteration of large models; 1 when it did not come to its end."""
+    from benchmarks.big import run_big  # needs what trainers need
+
     path = options.out / file_name("big", options.device)
     rows = run_big(options.device, options.small, path)
     print(table(rows))

@@ -23,7 +23,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the first R channels of x [N, H, C], pairing channel i with channel i + R/2."""
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
-    if not (x.requires_grad and torch.is_grad_enabled()):  # the same sums without two more copies
+    needs_gradient = x.requires_grad and torch.is_grad_enabled()
+    # The same sums without two more copies; a compiler takes no part of a tensor as `out`.
+    if not needs_gradient and not torch.compiler.is_compiling():
         turned = x.new_empty(x.shape)
         torch.mul(first, cos, out=turned[..., :half])
         torch.mul(second, cos, out=turned[..., half:2 * half])

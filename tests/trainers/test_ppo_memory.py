@@ -32,6 +32,8 @@ def resident_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
+# Alone: what other tests of the process gave back to the heap would be taken again unseen.
+@pytest.mark.exhaustive
 def test_each_phase_takes_the_memory_of_what_it_needs() -> None:
     config = DecoderConfig(
         family="llama", vocab_size=2048, hidden_size=512, num_layers=4, num_heads=8,
