@@ -79,7 +79,7 @@ class FunctionScorer:
         timeout_s: Seconds that a call may take; None: as long as it likes. The call that is given
             up goes on in a thread of its own until the process ends.
     Raises:
-        ConfigError: when the timeout is not above 0.
+        ConfigError: when `fn` cannot be called, or the timeout is not above 0.
     """
 
     def __init__(
@@ -88,6 +88,8 @@ class FunctionScorer:
     ) -> None:
         if timeout_s is not None and timeout_s <= 0:
             raise ConfigError(f"timeout_s: expected seconds above 0, or None, got {timeout_s}")
+        if not callable(fn):
+            raise ConfigError(f"fn: expected a function of prompts and completions, got {fn!r}")
         self.fn, self.encoder, self.timeout_s = fn, encoder, timeout_s
         self.name = getattr(fn, "__name__", type(fn).__name__)
         self._prompts = {prompt.token_ids: prompt for prompt in prompts}
@@ -105,8 +107,10 @@ class FunctionScorer:
             scores = self._call(batch)
         except Exception as error:
             raise self._explained(error, batch) from error
-        if not isinstance(scores, Sequence | Tensor | np.ndarray) or len(scores) != len(batch):
-            size = f"{len(scores)}" if hasattr(scores, "__len__") else repr(scores)
+        is_list = isinstance(scores, Sequence | Tensor | np.ndarray) \
+            and not isinstance(scores, str | bytes)
+        if not is_list or len(scores) != len(batch):
+            size = f"{len(scores)}" if is_list else f"{type(scores).__name__} {scores!r:.200}"
             raise RewardError(
                 f"reward function {self.name}: expected {len(batch)} scores, one per completion, "
                 f"got {size}; return a list as long as its arguments")
@@ -194,7 +198,7 @@ class FunctionScorer:
             raise RewardError(
                 f"reward function {self.name}: expected a number for response {sample.index}, got "
                 f"{score!r}; {sample}") from error
-        if not abs(value) < float("inf"):
+        if not abs(value) <= torch.finfo(torch.float32).max:
             raise NumericsError(
                 f"reward function {self.name}: expected a finite score for response "
                 f"{sample.index}, got {value}; {sample}")

@@ -84,8 +84,10 @@ def test_a_function_gets_the_fields_that_it_names() -> None:
 
 @pytest.mark.parametrize("scores, message", [
     ([1.0], "expected 2 scores, one per completion, got 1"),
-    (None, "expected 2 scores, one per completion, got None"),
-    (1.5, "expected 2 scores, one per completion, got 1.5"),
+    (None, "expected 2 scores, one per completion, got NoneType None"),
+    (1.5, "expected 2 scores, one per completion, got float 1.5"),
+    ("12", "expected 2 scores, one per completion, got str '12'"),
+    ({"a": 1.0, "b": 2.0}, "expected 2 scores, one per completion, got dict"),
     ([1.0, None], r"number for response 1, got None; prompt 'c', completion 'bc'"),
     ([1.0, "x"], r"number for response 1, got 'x'; prompt 'c', completion 'bc'"),
 ])
@@ -105,7 +107,7 @@ def test_tensors_and_arrays_are_scores() -> None:
         assert scores.tolist() == [float(v) for v in values]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39])
 def test_a_score_that_is_not_finite_names_the_sample(value: float) -> None:
     with pytest.raises(NumericsError, match=r"finite score for response 1.*prompt 'c'.*'bc'"):
         FunctionScorer(lambda p, c: [1.0, value], LetterCodec())(ROLLOUT)
@@ -129,6 +131,11 @@ def test_an_exception_that_no_response_raises_alone() -> None:
 
     with pytest.raises(RewardError, match="RuntimeError: too many, from 2 responses together"):
         FunctionScorer(pairwise, LetterCodec())(ROLLOUT)
+
+
+def test_what_cannot_be_called_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="fn: expected a function.*got 42"):
+        FunctionScorer(42, LetterCodec())  # type: ignore[arg-type]
 
 
 def test_ctrl_c_is_not_an_error_of_the_function() -> None:

@@ -1,6 +1,7 @@
 """Rewards that a program can check: answers of sums, and constraints on form.
 
-Each is a reward function, `fn(prompts, completions, **columns) -> scores`, for `FunctionScorer`.
+`gsm8k_reward` and `ifeval_reward` are reward functions, `fn(prompts, completions, **columns) ->
+scores`, for `FunctionScorer`; `length_reward` and `format_reward` make one from their settings.
 """
 
 from fastrl.verify.answers import gsm8k_reward
