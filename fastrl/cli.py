@@ -249,6 +249,9 @@ def _plan(parser: Parser, argv: list[str]) -> int:
     if given.what is None and not given.table:
         raise ConfigError(f"{parser.prog}: expected {', '.join(PLANNED)}, a recipe or --table, got "
                           f"nothing; `{parser.prog} --help` says more")
+    if given.table and (given.what or given.gpu_memory or overrides):
+        raise ConfigError(f"{parser.prog}: expected --table alone, because its cards, shapes and "
+                          f"settings are fixed; leave the rest out, or plan a stage with --shape")
 
     from fastrl.console import Console
     from fastrl.planning import plan_recipe, table

@@ -86,13 +86,13 @@ def options(cls: type) -> Iterator[Option]:
                          field.metadata.get("aliases", ()))
 
 
-def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
+def add_options(parser: argparse.ArgumentParser, cls: type, *, needs_all: bool = True) -> None:
     """Add `--config`, `--quiet` and one option per setting, absent from the result unless given."""
     parser.usage = "%(prog)s [--config FILE] [--name value ...]"
     parser.add_argument("--config", metavar="FILE",
                         help="YAML file of settings; options given here win over it")
     parser.add_argument("--quiet", action="store_true", help="print warnings and results only")
-    required = parser.add_argument_group("required")
+    required = parser.add_argument_group("required" if needs_all else "may be left out")
     optional = parser.add_argument_group("settings")
     for option in options(cls):
         is_required = option.default is dataclasses.MISSING
@@ -123,7 +123,7 @@ def read_options(parser: argparse.ArgumentParser, cls: type[Config], argv: Seque
         ConfigError: an unknown option or key (the nearest one is named), a missing setting, or a
             value of the wrong type or out of bounds.
     """
-    add_options(parser, cls)
+    add_options(parser, cls, needs_all=needs_all)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         raise ConfigError(unknown_argument(parser, unknown[0]))

@@ -142,7 +142,7 @@ def show(title: str, plan: MemoryPlan, console: Console) -> None:
     """Print a plan: residents, phases, the verdict, and what to change."""
     console.table(f"{title}: residents", COLUMNS, resident_rows(plan))
     console.table(f"{title}: phases", ("phase", "bytes", "of which"), phase_rows(plan))
-    for line in (headline(plan), *(f"  {line}" for line in plan.advice)):
+    for line in (f"{title}: {headline(plan)}", *(f"  {line}" for line in plan.advice)):
         console.result(line)
 
 
