@@ -3,8 +3,7 @@
 import gc
 import logging
 from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -13,7 +12,6 @@ from fastrl.packing import split_by_tokens
 
 logger = logging.getLogger("fastrl")
 
-Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 CPU_SIGNS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
@@ -51,18 +49,6 @@ def call_again(call: Callable[[], Result], what: str) -> Result:
             torch.cuda.empty_cache()
         logger.warning("%s: no memory; repeated, results are the same", what)
     raise AssertionError("not reached")
-
-
-def repeatable(what: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """Marks a function without side effects: see `call_again`."""
-    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-        @wraps(function)
-        def repeating(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-            return call_again(lambda: function(*args, **kwargs), what)
-
-        return repeating
-
-    return decorate
 
 
 def run_in_passes(

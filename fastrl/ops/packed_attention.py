@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastrl.backends import choose
 from fastrl.checks import check_device, check_offsets, check_positive, check_values
-from fastrl.dense_attention import whole_units
+from fastrl.dense_attention import visible_keys, whole_units
 from fastrl.environment import checks_values
 from fastrl.errors import ShapeError
 
@@ -51,15 +51,10 @@ def packed_attention_reference(
         q, k, v = (x[begin:end].transpose(0, 1) for x in (query, key, value))  # [H, S, C]
         k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], dim=0) for x in (k, v))
         scores = scale * (q @ k.transpose(1, 2))  # [Hq, S, S]
-        scores = scores.masked_fill(~_causal_mask(end - begin, window, q.device), -torch.inf)
+        positions = torch.arange(end - begin, device=q.device)
+        scores = scores.masked_fill(~visible_keys(positions, positions, window), -torch.inf)
         outputs.append((scores.softmax(dim=-1) @ v).transpose(0, 1))
     return torch.cat(outputs)
-
-
-def _causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
-    """[S, S] bool, True where the query of the row may see the key of the column."""
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return mask if window is None else mask.triu(1 - window)
 
 
 def check_packed(
@@ -297,7 +292,10 @@ def _dense_attention(
     """[B, S, Hq, C] from query [B, S, Hq, C] and key, value [B, S, Hk, C]."""
     length = query.shape[1]
     windowed = window is not None and window < length
-    mask = _causal_mask(length, window, query.device) if windowed else None
+    mask = None
+    if windowed:
+        positions = torch.arange(length, device=query.device)
+        mask = visible_keys(positions, positions, window)
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask,
         is_causal=mask is None, scale=scale, enable_gqa=query.shape[2] != key.shape[2],

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastrl.backends import choose
 from fastrl.checks import check_device
-from fastrl.dense_attention import MIN_EXACT_ROWS, whole_units
+from fastrl.dense_attention import MIN_EXACT_ROWS, visible_keys, whole_units
 from fastrl.environment import checks_values
 from fastrl.errors import ShapeError
 from fastrl.ops.packed_attention import (
@@ -51,17 +51,10 @@ def prefix_attention_reference(
         k, v = (torch.cat([x[before], x[own]]).transpose(0, 1) for x in (key, value))
         k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], dim=0) for x in (k, v))
         scores = scale * (q @ k.transpose(1, 2))  # [Hq, S, P + S]
-        keep = _visible(q.shape[1], k.shape[1], k.shape[1] - q.shape[1], window, q.device)
+        positions = torch.arange(k.shape[1], device=q.device)
+        keep = visible_keys(positions[k.shape[1] - q.shape[1]:], positions, window)
         outputs.append((scores.masked_fill(~keep, -torch.inf).softmax(dim=-1) @ v).transpose(0, 1))
     return torch.cat(outputs)
-
-
-def _visible(
-    num_rows: int, num_keys: int, prefix_len: int, window: int | None, device: torch.device
-) -> Tensor:
-    """[num_rows, num_keys] bool, True where the own query of the row may see the key."""
-    mask = torch.ones(num_rows, num_keys, dtype=torch.bool, device=device).tril(prefix_len)
-    return mask if window is None else mask.triu(prefix_len + 1 - window)
 
 
 def _check_prefixes(
@@ -219,9 +212,10 @@ def _attend_dense(
             missing = (len(group), num_keys - lengths[prefix] - longest, *key.shape[1:])
             k, v = (torch.cat([x[before].expand(len(group), -1, -1, -1), own,
                                own.new_zeros(missing)], dim=1) for x, own in ((key, k), (value, v)))
+            positions = torch.arange(num_keys, device=device)
             out = F.scaled_dot_product_attention(
                 q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=scale,
-                attn_mask=_visible(longest, num_keys, lengths[prefix], window, device),
+                attn_mask=visible_keys(positions[lengths[prefix]:][:longest], positions, window),
                 enable_gqa=query.shape[1] != key.shape[1])
             outputs.append(out.transpose(1, 2)[real])
             rows.append(packed_rows[real])

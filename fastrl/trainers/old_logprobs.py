@@ -2,17 +2,14 @@
 
 import logging
 
-import torch
 from torch import Tensor
 
 from fastrl.config import PPOConfig
 from fastrl.engine import Engine
 from fastrl.engine.difference import first_difference
 from fastrl.models.causal_lm import CausalLM
-from fastrl.ops import linear_logprobs
-from fastrl.out_of_memory import run_in_passes
-from fastrl.packing import predict_rows
-from fastrl.trainers.common import derive_seed, epoch_permutation, packed_forward
+from fastrl.models.scoring import response_logprobs
+from fastrl.trainers.common import derive_seed, epoch_permutation
 from fastrl.types import Rollout
 
 logger = logging.getLogger("fastrl")
@@ -26,28 +23,11 @@ GAP_WARNING = (
 )
 
 
-@torch.no_grad()
 def update_logprobs(policy: CausalLM, rollout: Rollout, config: PPOConfig) -> Tensor:
-    """[B, T] float32: log-probs of the responses' tokens by the forward of the update."""
-    mask = rollout.response_mask
-    logprobs = torch.zeros(mask.shape, device=mask.device)
-    sequences = [rollout.sequence(i) for i in range(rollout.batch_size)]
-    prompt_lens = rollout.prompt_lens.tolist()
-    prompts = [s[:n] for s, n in zip(sequences, prompt_lens, strict=True)]
-
-    def run(rows: list[int]) -> None:
-        hidden, packed = packed_forward(
-            policy, [sequences[i] for i in rows], [prompt_lens[i] for i in rows],
-            share_prefix=config.share_prefix)
-        sources, targets = predict_rows(packed.is_response, packed)
-        taken, _ = policy.lm_head(hidden[sources], linear_logprobs, packed.token_ids[targets],
-                                  temperature=config.sampling.temperature)
-        part = torch.zeros_like(logprobs[rows])
-        part[mask[rows]] = taken.float()
-        logprobs[rows] = part
-
-    run_in_passes([len(s) for s in sequences], config.max_tokens_per_microbatch, run,
-                  "recomputed log-probs", prompts if config.share_prefix else None)
+    """[B, T] float32: log-probs of the responses' tokens by packed passes, as the update makes."""
+    logprobs, _ = response_logprobs(
+        policy, rollout, config.sampling.temperature, config.max_tokens_per_microbatch,
+        share_prefix=config.share_prefix)
     return logprobs
 
 

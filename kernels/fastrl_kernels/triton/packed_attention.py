@@ -323,7 +323,7 @@ def block_settings(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, 
     return {"C": head_dim, "BLOCK_C": block_c, **dict(zip(names, settings, strict=True)), **exact}
 
 
-def _settings(kernel: str, query: Tensor, window: int | None) -> dict[str, Any]:
+def launch_settings(kernel: str, query: Tensor, window: int | None) -> dict[str, Any]:
     """The constants of a launch."""
     return {**block_settings(kernel, query.shape[2], query.dtype), "HAS_WINDOW": window is not None,
             "UPCAST": is_interpreted() and query.dtype == torch.bfloat16}
@@ -339,10 +339,10 @@ def packed_attention_fwd(
         has_splits: A sequence may have more than SPLIT tokens. Changes no bits.
     """
     (N, Hq, _), B = query.shape, len(cu_seqlens) - 1
-    query, key, value = (_dense_channels(x) for x in (query, key, value))
+    query, key, value = (dense_channels(x) for x in (query, key, value))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(Hq, N, dtype=torch.float32, device=query.device)
-    settings = _settings("fwd", query, window)
+    settings = launch_settings("fwd", query, window)
     num_tiles = N // settings["BLOCK_M"] + B
     if N > 0:
         _packed_attention_fwd_kernel[(num_tiles * Hq,)](
@@ -360,14 +360,14 @@ def packed_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, contiguous, in two launches."""
     (N, Hq, _), Hk, B = query.shape, key.shape[1], len(cu_seqlens) - 1
-    query, key, value, dout = (_dense_channels(x) for x in (query, key, value, dout))
+    query, key, value, dout = (dense_channels(x) for x in (query, key, value, dout))
     cu_seqlens = cu_seqlens.contiguous()
     dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     dkey = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     dvalue = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     delta = torch.empty_like(lse)
-    settings = _settings("dquery", query, window)
-    key_settings = _settings("dkey", query, window)
+    settings = launch_settings("dquery", query, window)
+    key_settings = launch_settings("dkey", query, window)
     scales = (scale, scale * math.log2(math.e))
     inputs = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
     num_tiles = N // settings["BLOCK_M"] + B
@@ -384,7 +384,7 @@ def packed_attention_bwd(
     return dquery, dkey, dvalue
 
 
-def _dense_channels(x: Tensor) -> Tensor:
+def dense_channels(x: Tensor) -> Tensor:
     """x, or a copy where its channels are not neighbours in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -459,18 +459,24 @@ def packed_attention(
 
 def aot_cases(every: bool = False) -> list[AotCase]:
     """See fastrl_kernels.triton.support."""
+    return attention_aot_cases(
+        {"fwd": _packed_attention_fwd_kernel, "dquery": _packed_attention_dquery_kernel,
+         "dkey": _packed_attention_dkey_kernel}, every)
+
+
+def attention_aot_cases(kernels: dict[str, Any], every: bool) -> list[AotCase]:
+    """The cases of the three kernels of an attention with gradients; see aot_cases."""
     types = {
-        "cu_seqlens_ptr": "*i64:16", "lse_ptr": "*fp32:16", "delta_ptr": "*fp32:16",
-        **{name: "i32" for name in ("num_sequences", "num_tokens", "num_tiles", "num_heads",
-                                    "num_kv_heads", "group", "window")},
+        "cu_seqlens_ptr": "*i64:16", "prefixes_ptr": "*i64:16", "lse_ptr": "*fp32:16",
+        "delta_ptr": "*fp32:16",
+        **{name: "i32" for name in ("num_sequences", "num_segments", "num_tokens", "num_tiles",
+                                    "num_heads", "num_kv_heads", "group", "window")},
         **{f"stride_{x}_{d}": "i32:16" for d in "nh"
            for x in ("query", "key", "value", "out", "dout", "dquery", "dkey")},
         "scale": "fp32", "scale_log2": "fp32",
     }
     pointers = ("query_ptr", "key_ptr", "value_ptr", "out_ptr", "dout_ptr", "dquery_ptr",
                 "dkey_ptr", "dvalue_ptr")
-    kernels = {"fwd": _packed_attention_fwd_kernel, "dquery": _packed_attention_dquery_kernel,
-               "dkey": _packed_attention_dkey_kernel}
     torch_types = dict(zip(DTYPES, (torch.float32, torch.float16, torch.bfloat16), strict=True))
     cases = itertools.product(kernels, DTYPES, (16, 32, 64, 80, 128, 256) if every else (128,),
                               (False, True) if every else (False,),

@@ -17,7 +17,6 @@ Limits: float32, float16, bfloat16; C up to 256; differentiable once. Source: Da
 (arXiv 2307.08691), Prefix Grouper (arXiv 2506.05433).
 """
 
-import itertools
 import math
 from typing import Any
 
@@ -31,10 +30,12 @@ from fastrl_kernels.triton.packed_attention import (
     SEARCHED,
     SPLIT,
     attend_tile,
-    block_settings,
+    attention_aot_cases,
+    dense_channels,
     end_block,
     find_tile,
     first_key_block,
+    launch_settings,
     load_rows,
     merge_split,
     no_keys,
@@ -42,7 +43,7 @@ from fastrl_kernels.triton.packed_attention import (
     visible,
 )
 from fastrl_kernels.triton.paged_attention import load_cached
-from fastrl_kernels.triton.support import DTYPES, AotCase, is_interpreted, supports
+from fastrl_kernels.triton.support import AotCase, supports
 
 __all__ = ["aot_cases", "prefix_attention", "supports"]
 
@@ -240,17 +241,6 @@ def _prefix_attention_dkey_kernel(  # type: ignore[no-untyped-def]
     store_rows(dvalue_ptr + place, dv, keys, length, stride_dkey_n, C, BLOCK_C)
 
 
-def _settings(kernel: str, query: Tensor, window: int | None) -> dict[str, Any]:
-    """The constants of a launch."""
-    return {**block_settings(kernel, query.shape[2], query.dtype), "HAS_WINDOW": window is not None,
-            "UPCAST": is_interpreted() and query.dtype == torch.bfloat16}
-
-
-def _dense_channels(x: Tensor) -> Tensor:
-    """x, or a copy where its channels are not neighbours in memory."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def prefix_attention_fwd(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, prefixes: Tensor, scale: float,
     window: int | None, has_splits: bool = True,
@@ -261,10 +251,10 @@ def prefix_attention_fwd(
         has_splits: A segment may see more than SPLIT tokens. Changes no bits.
     """
     (N, Hq, _), B = query.shape, len(prefixes)
-    query, key, value = (_dense_channels(x) for x in (query, key, value))
+    query, key, value = (dense_channels(x) for x in (query, key, value))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(Hq, N, dtype=torch.float32, device=query.device)
-    settings = _settings("fwd", query, window)
+    settings = launch_settings("fwd", query, window)
     num_tiles = N // settings["BLOCK_M"] + B
     if N > 0:
         _prefix_attention_fwd_kernel[(num_tiles * Hq,)](
@@ -282,14 +272,14 @@ def prefix_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, contiguous, in two launches."""
     (N, Hq, _), Hk, B = query.shape, key.shape[1], len(prefixes)
-    query, key, value, dout = (_dense_channels(x) for x in (query, key, value, dout))
+    query, key, value, dout = (dense_channels(x) for x in (query, key, value, dout))
     bounds = (cu_seqlens.contiguous(), prefixes.contiguous())
     dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     dkey = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     dvalue = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     delta = torch.empty_like(lse)
-    settings = _settings("dquery", query, window)
-    key_settings = _settings("dkey", query, window)
+    settings = launch_settings("dquery", query, window)
+    key_settings = launch_settings("dkey", query, window)
     scales = (scale, scale * math.log2(math.e))
     inputs = (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2])
     num_tiles = N // settings["BLOCK_M"] + B
@@ -375,28 +365,6 @@ def prefix_attention(
 
 def aot_cases(every: bool = False) -> list[AotCase]:
     """See fastrl_kernels.triton.support."""
-    types = {
-        "cu_seqlens_ptr": "*i64:16", "prefixes_ptr": "*i64:16", "lse_ptr": "*fp32:16",
-        "delta_ptr": "*fp32:16",
-        **{name: "i32" for name in ("num_segments", "num_tokens", "num_tiles", "num_heads",
-                                    "num_kv_heads", "group", "window")},
-        **{f"stride_{x}_{d}": "i32:16" for d in "nh"
-           for x in ("query", "key", "value", "out", "dout", "dquery", "dkey")},
-        "scale": "fp32", "scale_log2": "fp32",
-    }
-    pointers = ("query_ptr", "key_ptr", "value_ptr", "out_ptr", "dout_ptr", "dquery_ptr",
-                "dkey_ptr", "dvalue_ptr")
-    kernels = {"fwd": _prefix_attention_fwd_kernel, "dquery": _prefix_attention_dquery_kernel,
-               "dkey": _prefix_attention_dkey_kernel}
-    torch_types = dict(zip(DTYPES, (torch.float32, torch.float16, torch.bfloat16), strict=True))
-    cases = itertools.product(kernels, DTYPES, (16, 32, 64, 80, 128, 256) if every else (128,),
-                              (False, True) if every else (False,),
-                              (False, True) if every else (True,))
-    return [
-        (kernels[kernel], {**types, **{name: f"*{dtype}:16" for name in pointers}},
-         {**block_settings(kernel, head_dim, torch_types[dtype]), "HAS_WINDOW": has_window,
-          "UPCAST": False,
-          **({"SPLIT": SPLIT, "HAS_SPLITS": has_splits} if kernel == "fwd" else {})})
-        for kernel, dtype, head_dim, has_window, has_splits in cases
-        if kernel == "fwd" or not (every and has_splits)
-    ]
+    return attention_aot_cases(
+        {"fwd": _prefix_attention_fwd_kernel, "dquery": _prefix_attention_dquery_kernel,
+         "dkey": _prefix_attention_dkey_kernel}, every)
