@@ -5,9 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Generic, TypeVar
 
+from torch import Tensor
+
 from fastrl.config import TrainConfig
-from fastrl.optim import AdamW
+from fastrl.optim import AdamW, clip_scale
 from fastrl.out_of_memory import is_out_of_memory, too_long
+from fastrl.trainers.common import check_finite
 
 logger = logging.getLogger("fastrl")
 
@@ -61,6 +64,32 @@ class TokenBudget(Generic[Config]):
                 logger.warning("update: no memory for a microbatch; the minibatch is repeated with "
                                "max_tokens_per_microbatch %d, which stays; gradients are the same",
                                tokens)
+
+    def step(
+        self, number: int, backward: Callable[[Config], dict[str, float]], optimizer: AdamW,
+        lengths: Sequence[int], learning_rate: float,
+    ) -> dict[str, float]:
+        """One optimiser step on a whole minibatch: gradients, clip norm, check, new weights.
+
+        Args:
+            number: Of the step, for errors.
+            backward: As `attempt` of `run`; returns the metrics of the minibatch.
+            optimizer, lengths: As `run` takes them.
+        Returns:
+            Those metrics, the gradient's norm and the budget.
+        Raises:
+            NumericsError: at a metric that is not finite, before it reaches the weights.
+        """
+        def attempt(config: Config) -> tuple[dict[str, float], Tensor | None]:
+            metrics = backward(config)
+            metrics["grad/norm"], scale = clip_scale(optimizer.parameters, config.max_grad_norm)
+            return metrics, scale
+
+        optimizer.zero_grad()
+        metrics, scale = self.run(attempt, optimizer, lengths)
+        check_finite(number, metrics)
+        optimizer.step(learning_rate, scale)
+        return metrics | self.metrics()
 
     def metrics(self) -> dict[str, float]:
         """The budget, under the name that it is logged as."""

@@ -7,7 +7,6 @@ are computed once, before the first step; where no reference is given it is the 
 then, and no second model is needed. There is no dropout.
 """
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,25 +23,27 @@ from fastrl.memory.shapes import shape_of_model
 from fastrl.memory.stages import plan_dpo
 from fastrl.metrics import PhaseTimer, RunFolder, peak_memory_gib
 from fastrl.models.causal_lm import CausalLM
-from fastrl.optim import AdamW, Schedule, clip_scale
+from fastrl.optim import AdamW, Schedule
 from fastrl.out_of_memory import run_in_passes
 from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import (
     Progress,
     SilentProgress,
     accumulate,
-    check_finite,
     epoch_batches,
     mode,
     prepare_backbone,
     require_rows,
 )
 from fastrl.trainers.dpo_pairs import completion_logprobs, ranked_pairs
-from fastrl.trainers.reward import check_comparison, fit_comparisons, group_lengths
+from fastrl.trainers.rankings import (
+    check_comparison,
+    fit_comparisons,
+    group_lengths,
+    usable_rankings,
+)
 from fastrl.trainers.reward_report import has_pair
 from fastrl.types import Comparison
-
-logger = logging.getLogger("fastrl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,21 +90,16 @@ class DPOTrainer:
             if min(map(len, comparison.completions)) == 0:
                 raise DataError(f"comparison {index}: expected completions of at least one token, "
                                 "got an empty one; end completions with an end-of-text token")
-        with_pair = [c for c in train if has_pair(c)]
-        fitting, self.num_truncated = fit_comparisons(with_pair, config.max_seq_tokens)
-        self.num_without_pair = len(train) - len(with_pair)
-        self.num_too_long = len(with_pair) - len(fitting)
-        require_rows(fitting, "rankings with a pair of different ranks")
-        logger.info("DPO: %d rankings; dropped %d without a pair and %d that are too long; %d lost "
-                    "the beginning of the prompt", len(fitting), self.num_without_pair,
-                    self.num_too_long, self.num_truncated)
+        usable = usable_rankings("DPO", train, config.max_seq_tokens)
+        fitting, self.num_truncated = usable.comparisons, usable.num_truncated
+        self.num_without_pair, self.num_too_long = usable.num_without_pair, usable.num_too_long
         held_out = [c for c in fit_comparisons(eval, config.max_seq_tokens)[0] if has_pair(c)]
         if eval:
             require_rows(held_out, "held-out rankings with a pair of different ranks")
         models = [policy] if reference is None else [policy, reference]
-        shapes = [shape_of_model("policy", model) for model in models]
+        second = None if reference is None else shape_of_model("policy", reference)
         device = device_of(policy, config)
-        plan = plan_dpo(config, shapes[0], device, reference=dict(enumerate(shapes)).get(1),
+        plan = plan_dpo(config, shape_of_model("policy", policy), device, reference=second,
                         longest=max(group_lengths((*fitting, *held_out), config.share_prefix)))
         self.memory = MemoryWatch(plan, policy.lm_head.weight.device,
                                   (p for model in models for p in model.parameters()), run)
@@ -153,26 +149,15 @@ class DPOTrainer:
         rows = epoch_batches(len(self.examples), config.batch_size, config.seed, epoch)[index]
         batch = [self.examples[i] for i in rows]
         learning_rate = self.schedule(self.num_finished)
-        self.optimizer.zero_grad()
-        metrics, scale = self.budget.run(
-            partial(self._gradients, batch), self.optimizer,
-            group_lengths([example.comparison for example in batch]))
-        check_finite(number, metrics)
-        self.optimizer.step(learning_rate, scale)
+        lengths = group_lengths([example.comparison for example in batch])
+        metrics = self.budget.step(number, partial(self.backward, batch), self.optimizer, lengths,
+                                   learning_rate)
         self.num_finished = number
-        return metrics | self.budget.metrics() | {
+        return metrics | {
             "lr/model": learning_rate,
             "data/epoch": number / self.steps_per_epoch,
             "memory/peak_gib": peak_memory_gib(next(self.policy.parameters()).device),
-        } | timer.metrics(sum(group_lengths([example.comparison for example in batch])))
-
-    def _gradients(
-        self, batch: Sequence[DPOExample], config: DPOConfig
-    ) -> tuple[dict[str, float], Tensor | None]:
-        """Metrics of a minibatch and the scale that clips its gradients, which are added up."""
-        metrics = self.backward(batch, config)
-        metrics["grad/norm"], scale = clip_scale(self.optimizer.parameters, config.max_grad_norm)
-        return metrics, scale
+        } | timer.metrics(sum(lengths))
 
     def train(self, progress: Progress | None = None) -> None:
         """Every step that is left, with evaluations."""

@@ -9,7 +9,7 @@ from fastrl.models.causal_lm import CausalLM
 from fastrl.ops import linear_logprobs
 from fastrl.packing import predict_rows
 from fastrl.trainers.common import packed_forward
-from fastrl.trainers.reward import prompted_sequences
+from fastrl.trainers.rankings import prompted_sequences
 from fastrl.types import Comparison
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fastrl.config import RewardConfig
-from fastrl.errors import DataError
 from fastrl.memory.measure import MemoryWatch, device_of, fitted
 from fastrl.memory.shapes import shape_of_model
 from fastrl.memory.stages import plan_reward
@@ -24,18 +23,24 @@ from fastrl.metrics import PhaseTimer, RunFolder, peak_memory_gib
 from fastrl.models.causal_lm import ScalarModel
 from fastrl.models.scoring import sequence_scores
 from fastrl.ops import RankingStats, ranking_loss
-from fastrl.optim import AdamW, Schedule, clip_scale
+from fastrl.optim import AdamW, Schedule
 from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import (
     Progress,
     SilentProgress,
     accumulate,
-    check_finite,
     epoch_batches,
     mode,
     packed_forward,
     prepare_backbone,
     require_rows,
+)
+from fastrl.trainers.rankings import (
+    check_comparison,
+    fit_comparisons,
+    group_lengths,
+    prompted_sequences,
+    usable_rankings,
 )
 from fastrl.trainers.reward_report import RewardReport, build_report, has_pair
 from fastrl.types import Comparison, TokenExample
@@ -74,14 +79,9 @@ class RewardTrainer:
         self.config, self.model, self.run = config, model, run
         for index, comparison in enumerate((*train, *eval)):
             check_comparison(comparison, index)
-        with_pair = [c for c in train if has_pair(c)]
-        self.comparisons, self.num_truncated = fit_comparisons(with_pair, config.max_seq_tokens)
-        self.num_without_pair = len(train) - len(with_pair)
-        self.num_too_long = len(with_pair) - len(self.comparisons)
-        require_rows(self.comparisons, "rankings with a pair of different ranks")
-        logger.info("reward model: %d rankings; dropped %d without a pair and %d that are too "
-                    "long; %d lost the beginning of the prompt", len(self.comparisons),
-                    self.num_without_pair, self.num_too_long, self.num_truncated)
+        usable = usable_rankings("reward model", train, config.max_seq_tokens)
+        self.comparisons, self.num_truncated = usable.comparisons, usable.num_truncated
+        self.num_without_pair, self.num_too_long = usable.num_without_pair, usable.num_too_long
         self.eval = list(eval)
         if self.eval:
             fitting, _ = fit_comparisons(self.eval, config.max_seq_tokens)
@@ -112,26 +112,15 @@ class RewardTrainer:
         epoch, index = divmod(self.num_finished, self.steps_per_epoch)
         rows = epoch_batches(len(self.comparisons), config.batch_size, config.seed, epoch)[index]
         batch = [self.comparisons[i] for i in rows]
-        learning_rate = self.schedule(self.num_finished)
-        self.optimizer.zero_grad()
-        metrics, scale = self.budget.run(
-            partial(self._gradients, batch), self.optimizer, group_lengths(batch))
-        check_finite(number, metrics)
-        self.optimizer.step(learning_rate, scale)
+        learning_rate, lengths = self.schedule(self.num_finished), group_lengths(batch)
+        metrics = self.budget.step(number, partial(backward_ranking_loss, self.model, batch),
+                                   self.optimizer, lengths, learning_rate)
         self.num_finished = number
-        return metrics | self.budget.metrics() | {
+        return metrics | {
             "lr/model": learning_rate,
             "data/epoch": number / self.steps_per_epoch,
             "memory/peak_gib": peak_memory_gib(next(self.model.parameters()).device),
-        } | timer.metrics(sum(group_lengths(batch)))
-
-    def _gradients(
-        self, batch: Sequence[Comparison], config: RewardConfig
-    ) -> tuple[dict[str, float], Tensor | None]:
-        """Metrics of a minibatch and the scale that clips its gradients, which are added up."""
-        metrics = backward_ranking_loss(self.model, batch, config)
-        metrics["grad/norm"], scale = clip_scale(self.optimizer.parameters, config.max_grad_norm)
-        return metrics, scale
+        } | timer.metrics(sum(lengths))
 
     def train(self, progress: Progress | None = None) -> None:
         """Every step that is left, the shift, and the report on the held-out rankings."""
@@ -247,55 +236,3 @@ def backward_ranking_loss(
         "reward/accuracy": float(total.correct_or_tied / total.count),
         "reward/margin_mean": float(total.margin / total.count),
     }
-
-
-def comparison_sequences(comparison: Comparison) -> list[tuple[int, ...]]:
-    """K token lists: the prompt followed by each completion."""
-    return [comparison.prompt_ids + completion for completion in comparison.completions]
-
-
-def prompted_sequences(
-    comparisons: Sequence[Comparison]
-) -> tuple[list[tuple[int, ...]], list[int]]:
-    """The sequences of all comparisons, and the tokens of the prompt of each."""
-    return ([s for c in comparisons for s in comparison_sequences(c)],
-            [len(c.prompt_ids) for c in comparisons for _ in c.completions])
-
-
-def group_lengths(comparisons: Sequence[Comparison], share_prefix: bool = False) -> list[int]:
-    """Tokens of all K sequences of each comparison; with `share_prefix` the prompt counts once."""
-    return [len(c.prompt_ids) * (1 if share_prefix else len(c.completions))
-            + sum(map(len, c.completions)) for c in comparisons]
-
-
-def fit_comparisons(
-    comparisons: Sequence[Comparison], max_tokens: int
-) -> tuple[list[Comparison], int]:
-    """Cut the beginning of prompts so that every prompt + completion has at most `max_tokens`.
-
-    All completions of a prompt see the same prompt. Where the longest completion leaves no room for
-    a prompt token, the comparison is left out.
-
-    Returns:
-        The comparisons that remain, and how many of them were cut.
-    """
-    kept, num_cut = [], 0
-    for c in comparisons:
-        room = max_tokens - max(map(len, c.completions))
-        if room >= len(c.prompt_ids):
-            kept.append(c)
-        elif room > 0:
-            kept.append(replace(c, prompt_ids=c.prompt_ids[-room:]))
-            num_cut += 1
-    return kept, num_cut
-
-
-def check_comparison(comparison: Comparison, index: int) -> None:
-    """Raise DataError unless ranks fit completions and there is something to read."""
-    if len(comparison.ranks) != len(comparison.completions) or not comparison.ranks:
-        raise DataError(f"comparison {index}: expected one rank for each of at least one "
-                        f"completion, got {len(comparison.ranks)} ranks for "
-                        f"{len(comparison.completions)} completions; rebuild the comparison")
-    if not comparison.prompt_ids:
-        raise DataError(f"comparison {index}: expected a prompt of at least one token, got none; "
-                        "begin prompts with a beginning-of-text token")

@@ -25,7 +25,7 @@ from fastrl.memory.stages import plan_sft
 from fastrl.metrics import PhaseTimer, RunFolder, peak_memory_gib, write_atomic
 from fastrl.models.causal_lm import CausalLM
 from fastrl.models.weights import load_causal_lm, save_causal_lm
-from fastrl.optim import AdamW, Schedule, clip_scale
+from fastrl.optim import AdamW, Schedule
 from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import (
     Progress,
@@ -123,33 +123,29 @@ class SFTTrainer:
         timer, number = PhaseTimer(), self.num_finished + 1
         examples, windows = self._next_batch()
         learning_rate = self.schedule(self.num_finished)
-        self.optimizer.zero_grad()
         lengths = [len(e.token_ids) for e in (*examples, *windows)]
-        metrics, scale = self.budget.run(
-            partial(self._gradients, number, examples, windows), self.optimizer, lengths)
-        check_finite(number, metrics)
-        self.optimizer.step(learning_rate, scale)
+        metrics = self.budget.step(number, partial(self._backward, number, examples, windows),
+                                   self.optimizer, lengths, learning_rate)
         self.num_finished = number
-        return metrics | self.budget.metrics() | {
+        return metrics | {
             "lr/model": learning_rate,
             "data/epoch": number / self.steps_per_epoch,
             "data/target_tokens": float(num_targets(examples)),
             "memory/peak_gib": peak_memory_gib(next(self.model.parameters()).device),
         } | timer.metrics(sum(lengths))
 
-    def _gradients(
+    def _backward(
         self, number: int, examples: Sequence[TokenExample], windows: Sequence[TokenExample],
         config: SFTConfig,
-    ) -> tuple[dict[str, float], Tensor | None]:
-        """Metrics of step `number` and the scale that clips its gradients, which are added up."""
+    ) -> dict[str, float]:
+        """Add up the gradients of step `number`; return its metrics."""
         with self._training(number):
             loss = backward_token_loss(self.model, examples, config.max_tokens_per_microbatch)
             metrics = {"loss/train": loss}
             if windows:
                 metrics["loss/ptx"] = backward_token_loss(
                     self.model, windows, config.max_tokens_per_microbatch, config.ptx_coef)
-        metrics["grad/norm"], scale = clip_scale(self.optimizer.parameters, config.max_grad_norm)
-        return metrics, scale
+        return metrics
 
     def train(self, progress: Progress | None = None) -> None:
         """Every step that is left, with evaluations; then the selected weights."""

@@ -13,12 +13,8 @@ from fastrl.metrics import RunFolder
 from fastrl.models import DecoderConfig, new_decoder, scalar_from_causal
 from fastrl.models.scoring import sequence_scores
 from fastrl.trainers.common import packed_forward
-from fastrl.trainers.reward import (
-    RewardTrainer,
-    backward_ranking_loss,
-    comparison_sequences,
-    fit_comparisons,
-)
+from fastrl.trainers.rankings import comparison_sequences, fit_comparisons
+from fastrl.trainers.reward import RewardTrainer, backward_ranking_loss
 from fastrl.types import Comparison, TokenExample
 
 VOCAB = 17
