@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from benchmarks.cases import load_cases
 from benchmarks.engine import run_engine
 from benchmarks.engine_providers import PROVIDERS
 from benchmarks.kernels import DeviceInError, Settings, run_kernels
-from benchmarks.results import file_name, table
+from benchmarks.results import Row, file_name, table
 from benchmarks.timing import MIN_ROUNDS
 from fastrl.exactness import set_workspaces
 
@@ -22,41 +23,27 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parts = root.add_subparsers(dest="part", required=True)
     kernels = parts.add_parser("kernels", help="every op by every provider")
-    kernels.add_argument("--device", choices=("cuda", "cpu"),
-                         default="cuda" if torch.cuda.is_available() else "cpu")
     kernels.add_argument("--ops", nargs="*", default=[], help="by function or file; all")
     kernels.add_argument("--providers", nargs="*", default=[],
                          help="all; on a CPU all but compile")
-    kernels.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     kernels.add_argument("--topic", default="kernels", help="first word of the file's name")
-    kernels.add_argument("--small", action="store_true", help="sizes for trying the flow")
     kernels.add_argument("--check_only", action="store_true", help="compare, time nothing")
     kernels.add_argument("--rounds", type=int, default=MIN_ROUNDS, help="samples, at least")
-    kernels.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS",
-                         help="begin no case after so long")
     kernels.add_argument("--resume", action="store_true",
                          help="keep what today's file has, measure what it skipped")
     engine = parts.add_parser("engine", help="whole generations beside peers")
-    engine.add_argument("--device", choices=("cuda", "cpu"),
-                        default="cuda" if torch.cuda.is_available() else "cpu")
     engine.add_argument("--providers", nargs="*", default=[], choices=list(PROVIDERS),
                         help="all")
-    engine.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    engine.add_argument("--small", action="store_true", help="sizes for trying the flow")
-    engine.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS",
-                        help="begin no provider after so long")
     exact = parts.add_parser("exact", help="log-probs of rollout and update, and the cost")
-    exact.add_argument("--device", choices=("cuda", "cpu"),
-                       default="cuda" if torch.cuda.is_available() else "cpu")
-    exact.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    exact.add_argument("--small", action="store_true", help="sizes for trying the flow")
-    exact.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS",
-                       help="begin no row after so long")
     big = parts.add_parser("big", help="one PPO iteration of four models of 8B")
-    big.add_argument("--device", choices=("cuda", "cpu"),
-                     default="cuda" if torch.cuda.is_available() else "cpu")
-    big.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    big.add_argument("--small", action="store_true", help="sizes for trying the flow")
+    for part, unit in ((kernels, "case"), (engine, "provider"), (exact, "row"), (big, None)):
+        part.add_argument("--device", choices=("cuda", "cpu"),
+                          default="cuda" if torch.cuda.is_available() else "cpu")
+        part.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+        part.add_argument("--small", action="store_true", help="sizes for trying the flow")
+        if unit is not None:
+            part.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS",
+                              help=f"begin no {unit} after so long")
     return root
 
 
@@ -75,10 +62,7 @@ def kernels(options: argparse.Namespace) -> int:
         print(f"the device is in error ({error}); a new process goes on", flush=True)
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:], "--resume",
                                   f"--budget={left}"])
-    print(table(rows))
-    failures = [row for row in rows if row.is_failure]
-    print(f"{path}: {len(rows)} rows, {len(failures)} wrong")
-    return 1 if failures else 0
+    return report(rows, path)
 
 
 def engine(options: argparse.Namespace) -> int:
@@ -86,10 +70,7 @@ def engine(options: argparse.Namespace) -> int:
     deadline = time.monotonic() + options.budget
     path = options.out / file_name("engine", options.device)
     rows = run_engine(options.device, options.small, options.providers, path, deadline)
-    print(table(rows))
-    failures = [row for row in rows if row.is_failure]
-    print(f"{path}: {len(rows)} rows, {len(failures)} wrong")
-    return 1 if failures else 0
+    return report(rows, path)
 
 
 def exact(options: argparse.Namespace) -> int:
@@ -100,10 +81,7 @@ def exact(options: argparse.Namespace) -> int:
 
     path = options.out / file_name("exact", options.device)
     rows = run_exact(options.device, options.small, path, deadline)
-    print(table(rows))
-    failures = [row for row in rows if row.is_failure]
-    print(f"{path}: {len(rows)} rows, {len(failures)} wrong")
-    return 1 if failures else 0
+    return report(rows, path)
 
 
 def big(options: argparse.Namespace) -> int:
@@ -112,6 +90,11 @@ def big(options: argparse.Namespace) -> int:
 
     path = options.out / file_name("big", options.device)
     rows = run_big(options.device, options.small, path)
+    return report(rows, path)
+
+
+def report(rows: Sequence[Row], path: Path) -> int:
+    """Print what was measured; 1 when something of fastrl's is wrong."""
     print(table(rows))
     failures = [row for row in rows if row.is_failure]
     print(f"{path}: {len(rows)} rows, {len(failures)} wrong")

@@ -19,6 +19,7 @@ from benchmarks.engine_workloads import MODELS, SMALL, random_model
 from benchmarks.results import Row, head, save
 from benchmarks.timing import Timing
 from fastrl.config import EngineConfig, PPOConfig, SamplingConfig
+from fastrl.memory.measure import kernel_bytes
 from fastrl.metrics import PhaseTimer
 from fastrl.models import DecoderConfig, ScalarModel
 from fastrl.models.decoder import empty_decoder
@@ -106,9 +107,7 @@ def end_peak(device: torch.device) -> int | None:
     """Of the allocator on a GPU, of the whole process on a CPU; None where the system is silent."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+    return kernel_bytes(Path("/proc/self/status"), "VmHWM") or None
 
 
 def random_scalar(config: DecoderConfig, dtype: torch.dtype, device: str, seed: int) -> ScalarModel:

@@ -77,34 +77,24 @@ part_kernels() {
         "${small[@]}" --budget 110 --out "$OUT"
 }
 
-# Six minutes in all: 75 + 60 + 220 s, and a few for what stands between the steps.
-part_engine() {
+# Tests of folder $2 that need a GPU, then the benchmarks of part $1. Six minutes in all: 75 + 60 +
+# 220 s, and a few for what stands between the steps.
+tests_and_benchmarks() {
     build_extension
     local small=()
     if [ "$DEVICE" = cpu ]; then
         skip tests "no GPU"
         small=(--small)
     else
-        LINES_SHOWN=30 step tests 60 "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider tests/engine
+        LINES_SHOWN=30 step tests 60 "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider "$2"
     fi
-    LINES_SHOWN=80 step benchmarks 220 "$PYTHON" -m benchmarks engine --device "$DEVICE" \
+    LINES_SHOWN=80 step benchmarks 220 "$PYTHON" -m benchmarks "$1" --device "$DEVICE" \
         "${small[@]}" --budget 180 --out "$OUT"
 }
 
-# Six minutes in all: 75 + 60 + 220 s, and a few for what stands between the steps.
-part_exact() {
-    build_extension
-    local small=()
-    if [ "$DEVICE" = cpu ]; then
-        skip tests "no GPU"
-        small=(--small)
-    else
-        LINES_SHOWN=30 step tests 60 "$PYTHON" -m pytest -m gpu -q -p no:cacheprovider \
-            tests/exactness
-    fi
-    LINES_SHOWN=80 step benchmarks 220 "$PYTHON" -m benchmarks exact --device "$DEVICE" \
-        "${small[@]}" --budget 180 --out "$OUT"
-}
+part_engine() { tests_and_benchmarks engine tests/engine; }
+
+part_exact() { tests_and_benchmarks exact tests/exactness; }
 
 # Six minutes in all: 75 + 275 s, and a few for what stands between the steps.
 part_big() {

@@ -163,11 +163,9 @@ def _version(package: str) -> str:
 
 def _free_memory_bytes() -> int | None:
     """Memory that can be had without swapping; None where the system does not say."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    from fastrl.memory.measure import kernel_bytes
+
+    return kernel_bytes(Path("/proc/meminfo"), "MemAvailable") or None
 
 
 def _gib(num_bytes: int | None) -> str:

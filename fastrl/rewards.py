@@ -93,6 +93,7 @@ class FunctionScorer:
         self.fn, self.encoder, self.timeout_s = fn, encoder, timeout_s
         self.name = getattr(fn, "__name__", type(fn).__name__)
         self._prompts = {prompt.token_ids: prompt for prompt in prompts}
+        self._parameters = _parameters(fn)
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """Score [B] float32 of every response.
@@ -131,10 +132,7 @@ class FunctionScorer:
 
     def _columns(self, batch: "Sequence[_Sample]") -> dict[str, list[Any]]:
         """The fields of the rows that the function asks for, by name."""
-        try:
-            parameters = list(inspect.signature(self.fn).parameters.values())
-        except ValueError:  # of a function that is not written in Python
-            return {}
+        parameters = self._parameters
         named = {p.name for p in parameters[2:] if p.kind in (p.POSITIONAL_OR_KEYWORD,
                                                               p.KEYWORD_ONLY)}
         takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
@@ -203,6 +201,14 @@ class FunctionScorer:
                 f"reward function {self.name}: expected a finite score for response "
                 f"{sample.index}, got {value}; {sample}")
         return value
+
+
+def _parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Of a function; empty where it is not written in Python and does not say."""
+    try:
+        return list(inspect.signature(fn).parameters.values())
+    except ValueError:
+        return []
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ import torch
 
 from fastrl.checks import check_resident
 from fastrl.config import EngineConfig, SamplingConfig, check
-from fastrl.dense_attention import slots_read
 from fastrl.engine.cache import KVCache, new_cache, page_shape, pages_for
 from fastrl.engine.generation import Generation
 from fastrl.engine.graphs import StepGraphs, graphs_for, rung
@@ -28,12 +27,11 @@ from fastrl.exactness import (
     set_workspaces,
 )
 from fastrl.field_types import fits
+from fastrl.memory.pages import tokens_per_page
 from fastrl.models import CausalLM
 from fastrl.out_of_memory import is_out_of_memory
 from fastrl.types import Rollout
 
-PAGE_SIZE = 16
-"""Tokens per page where sequences have many."""
 MAX_HALVINGS = 8
 """Of the pages, when there is no memory for what a call needs beside them."""
 Progress = Callable[[int, int, int], None]
@@ -271,7 +269,8 @@ class Engine:
     def _take_cache(self, requests: Sequence[Request]) -> KVCache:
         """A cache without a page in use, large enough for what can run together."""
         weight = self.model.lm_head.weight
-        page_size = self._page_size(requests, weight.device)
+        page_size = tokens_per_page(self.config, weight.device.type,
+                                    max(request.max_cached_tokens for request in requests))
         needed = [pages_for(request.max_cached_tokens, page_size) for request in requests]
         num_pages = self.config.num_pages
         if num_pages is None:
@@ -304,14 +303,6 @@ class Engine:
         if cache.num_pages < num_pages:
             self._max_cache_bytes = cache.num_pages * page_bytes
         return cache
-
-    def _page_size(self, requests: Sequence[Request], device: torch.device) -> int:
-        """Tokens per page, as `EngineConfig.page_size` says."""
-        if self.config.page_size is not None:
-            return self.config.page_size
-        if device.type != "cpu" or self.config.num_pages is not None:
-            return PAGE_SIZE
-        return slots_read(max(request.max_cached_tokens for request in requests))
 
 
 def _has_memory(cache: KVCache) -> bool:

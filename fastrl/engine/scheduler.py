@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from fastrl.config import EngineConfig
 from fastrl.engine.cache import KVCache, pages_for
 from fastrl.engine.request import Request, SharedPrompt
-
-MAX_PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
-"""Prompt tokens that start together where the config names no number."""
+from fastrl.memory.pages import max_prefill_tokens
 
 
 @dataclass(slots=True)
@@ -56,8 +54,7 @@ class Scheduler:
         """Oldest first; the order of the decode batch."""
         self.max_batch_size = config.max_batch_size
         """Requests that run at a time."""
-        self.max_prefill_tokens = config.max_prefill_tokens or MAX_PREFILL_TOKENS.get(
-            cache.kv_pages.device.type, MAX_PREFILL_TOKENS["cuda"])
+        self.max_prefill_tokens = max_prefill_tokens(config, cache.kv_pages.device.type)
         """Prompt tokens that start together; a longer prompt starts alone."""
         self._cache = cache
         self._computed: list[SharedPrompt] = []

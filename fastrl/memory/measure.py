@@ -37,7 +37,7 @@ def free_bytes(device: torch.device) -> int:
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():  # not Linux
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return _kernel_bytes(meminfo, "MemAvailable") + resident_set_bytes()
+    return kernel_bytes(meminfo, "MemAvailable") + resident_set_bytes()
 
 
 def budget_bytes(config: TrainConfig, device: torch.device) -> int:
@@ -49,10 +49,10 @@ def budget_bytes(config: TrainConfig, device: torch.device) -> int:
 
 def resident_set_bytes() -> int:
     """Memory of this process that is in RAM now; 0 where the kernel does not say."""
-    return _kernel_bytes(Path("/proc/self/status"), "VmRSS")
+    return kernel_bytes(Path("/proc/self/status"), "VmRSS")
 
 
-def _kernel_bytes(path: Path, name: str) -> int:
+def kernel_bytes(path: Path, name: str) -> int:
     """A line `name: N kB` of a file of the kernel, in bytes; 0 where there is none."""
     if not path.exists():
         return 0
@@ -129,7 +129,7 @@ class MemoryWatch:
     def _peak(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return _kernel_bytes(Path("/proc/self/status"), "VmHWM") - self._baseline
+        return kernel_bytes(Path("/proc/self/status"), "VmHWM") - self._baseline
 
 
 def _begin_peak(device: torch.device) -> bool:

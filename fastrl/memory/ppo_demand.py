@@ -5,15 +5,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from fastrl.config import PPOConfig
-from fastrl.dense_attention import slots_read
 from fastrl.memory import sizes
+from fastrl.memory.pages import max_prefill_tokens, tokens_per_page
 from fastrl.memory.plan import Demand, Moment
 from fastrl.memory.shapes import ModelShape
 from fastrl.memory.training import Device, trained, training
 from fastrl.memory.trunks import head_sizes, on_trunk
-
-PAGE_SIZE = 16
-PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +39,7 @@ def ppo_demand(config: PPOConfig, models: Models, device: Device, longest: int |
         kept["reference"] = sizes.weight_bytes(models.reference.language_model, dtype)
     if models.reward_model is not None:
         kept["reward_model"] = sizes.weight_bytes(models.reward_model.scalar_model, dtype)
-    page_size = _page_size(config, device, longest)
+    page_size = tokens_per_page(config.engine, device.type, longest)
     per_sequence = -(-longest // page_size)
     num_sequences = min(config.engine.max_batch_size, config.rollout_batch_size) + 1
     max_pages = config.engine.num_pages or num_sequences * per_sequence
@@ -65,21 +62,13 @@ def ppo_demand(config: PPOConfig, models: Models, device: Device, longest: int |
         parking=config.parking)
 
 
-def _page_size(config: PPOConfig, device: Device, longest: int) -> int:
-    """Tokens per page, as the engine chooses it."""
-    if config.engine.page_size is not None:
-        return config.engine.page_size
-    is_whole = device.type == "cpu" and config.engine.num_pages is None
-    return slots_read(longest) if is_whole else PAGE_SIZE
-
-
 def _rollout(
     phase: str, needs: tuple[str, ...], config: PPOConfig, policy: ModelShape, device: Device,
     longest: int, cache: dict[str, int],
 ) -> list[Moment]:
     """Prefill in one pass, then decode a row per sequence."""
     num_rows = min(config.engine.max_batch_size, config.rollout_batch_size)
-    prefill = config.engine.max_prefill_tokens or PREFILL_TOKENS.get(device.type, 8192)
+    prefill = max_prefill_tokens(config.engine, device.type)
     prefill = max(longest, min(prefill, config.rollout_batch_size * longest))
     forward = sizes.forward_bytes(policy.decoder, device.dtype, prefill)
     logits = sizes.sampling_bytes(policy.decoder, device.dtype, num_rows, device_type=device.type)
