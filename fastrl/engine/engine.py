@@ -20,6 +20,7 @@ from fastrl.engine.request import Request, new_requests
 from fastrl.engine.text import Decoder
 from fastrl.errors import ConfigError, DeviceMemoryError
 from fastrl.exactness import (
+    choose_products,
     exact_math,
     invariant_rows,
     multiplies_by_input,
@@ -76,6 +77,7 @@ class Engine:
         if self.config.exact:
             set_workspaces(model.lm_head.weight.device.type)
             with self._exact_math():
+                choose_products(model, by_input=self._by_input)
                 self._min_rows = invariant_rows(model, by_input=self._by_input)
                 self._row_multiple = row_multiple(model)
         self._idle_cache: KVCache | None = None

@@ -2,20 +2,25 @@
 
 A matrix library picks other code for a few rows than for many, and sums in another order. From
 some row count on it no longer does. `smallest_invariant_rows` finds that count by trying, for the
-shapes, dtype and threads at hand, and the engine never runs fewer rows than that.
+shapes, dtype and threads at hand, and the engine never runs fewer rows than that. Where no count
+helps, the decoder's matrices are multiplied by the kernel of `fastrl.ops.linear`, if that passes.
 """
 
 import logging
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from math import gcd
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from fastrl.backends import choose
 from fastrl.models import CausalLM
 from fastrl.models.by_input import by_input as stored_by_input
 from fastrl.models.by_input import is_small, matrices
+from fastrl.models.linear import Linear
+from fastrl.ops.linear import PREFERENCE, linear
 
 logger = logging.getLogger("fastrl")
 
@@ -53,11 +58,37 @@ def invariant_rows(model: CausalLM, *, by_input: bool = False) -> int:
     Args:
         by_input: The pass multiplies with copies stored by input.
     Returns:
-        The largest count that any shape needs.
+        The largest count that any shape needs, of those that the library multiplies.
     """
     weight = model.lm_head.weight
-    return max(_checked(shape, weight.dtype, weight.device, by_input)
-               for shape in sorted(weight_shapes(model)))
+    shapes = weight_shapes(model) - shapes_of_kernel(model, by_input=by_input)
+    return max(_checked(shape, weight.dtype, weight.device, by_input) for shape in sorted(shapes))
+
+
+def shapes_of_kernel(model: CausalLM, *, by_input: bool = False) -> set[tuple[int, int]]:
+    """Shapes that fail in the library for every number of rows and pass in the kernel of `linear`.
+
+    Matrices of the native decoder only, and no shape that the LM head has too. To be called in
+    exact mode, which prefers that kernel; without a GPU there is none.
+    """
+    weight, shapes, others = model.lm_head.weight, set[tuple[int, int]](), set[tuple[int, int]]()
+    for module in matrices(model):
+        of_module = (int(module.weight.shape[0]), int(module.weight.shape[1]))
+        (shapes if isinstance(module, Linear) else others).add(of_module)
+    return {shape for shape in shapes - others
+            if least_rows(shape, weight.dtype, weight.device, by_input) is None
+            and choose("linear", "linear", PREFERENCE, weight.device.type, weight.dtype) == "triton"
+            and kernel_passes(shape, weight.dtype, weight.device)}
+
+
+def choose_products(model: CausalLM, *, by_input: bool = False) -> None:
+    """Decide for each matrix of the native decoder who multiplies with it, in exact mode."""
+    shapes = shapes_of_kernel(model, by_input=by_input)
+    for shape in sorted(shapes):
+        _log_once(shape, model.lm_head.weight.dtype)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.keeps_rows = tuple(module.weight.shape) in shapes
 
 
 def row_multiple(model: CausalLM) -> int:
@@ -94,6 +125,14 @@ def _warn_once(shape: tuple[int, int], dtype: torch.dtype) -> None:
         *shape, str(dtype).removeprefix("torch."), MANY_ROWS)
 
 
+@cache
+def _log_once(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    logger.info(
+        "exact mode: products with a %d x %d matrix in %s take the kernel of linear (triton): the "
+        "library's rows depend on the number of rows, the kernel's do not",
+        *shape, str(dtype).removeprefix("torch."))
+
+
 def least_rows(
     shape: tuple[int, int], dtype: torch.dtype, device: torch.device, by_input: bool = False
 ) -> int | None:
@@ -113,16 +152,31 @@ def smallest_invariant_rows_on_gpu(
     Returns:
         The count, at most MANY_ROWS, or None where more than that are needed.
     """
+    count = _first_equal_count(F.linear, shape, dtype, device)
+    return count if count is not None and count <= MANY_ROWS else None
+
+
+@cache
+@torch.no_grad()
+def kernel_passes(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether rows of `linear` in triton have the same bits from a single one on."""
+    return _first_equal_count(partial(linear, backend="triton"), shape, dtype, device) == 1
+
+
+def _first_equal_count(
+    multiply: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, int], dtype: torch.dtype,
+    device: torch.device,
+) -> int | None:
+    """From how many rows on those of a product agree with those of the most that fit."""
     outputs, inputs = shape
     generator = torch.Generator(device).manual_seed(0)
     most = max(MANY_ROWS, min(max(GPU_ROW_COUNTS), MAX_RESULT_BYTES // (4 * outputs)))
     weight, rows = ((torch.rand(size, inputs, generator=generator, device=device) - 0.5).to(dtype)
                     for size in (outputs, most))
-    many = F.linear(rows, weight)
-    count = _first_of_equal_run(
-        (count, torch.equal(F.linear(rows[:count], weight), many[:count]))
+    many = multiply(rows, weight)
+    return _first_of_equal_run(
+        (count, torch.equal(multiply(rows[:count], weight), many[:count]))
         for count in sorted(GPU_ROW_COUNTS, reverse=True) if count <= most)
-    return count if count is not None and count <= MANY_ROWS else None
 
 
 @cache

@@ -4,7 +4,7 @@ A library picks a kernel by the number of rows. Two kernels that sum in another 
 other last bits, so that the log-prob of the sampler is not the one that the update computes. Exact
 mode leaves the library only kernels that sum one row in one order. What cannot be set by a switch:
 
-    products of few rows     the engine pads its passes (rows.py)
+    products of few rows     the engine pads its passes, or a kernel of our own makes them (rows.py)
     attention                one kernel for prompts, decode steps and training, whose sums over keys
                              are cut every 512 keys from the first one on and merged in order
     LM head                  sampler and update multiply in 16 bits with float32 sums, any number
@@ -29,9 +29,10 @@ WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"
 buffers of 16 KiB and 1 KiB have no room for them. Read once, when CUDA starts."""
 ONE_KERNEL = {"packed_attention": "triton", "prefix_attention": "triton",
               "paged_attention": "triton", "sampling": "triton", "linear_logprob": "triton",
-              "linear_policy_loss": "triton"}
+              "linear_policy_loss": "triton", "linear": "triton"}
 """File of an op -> backend that comes first on a GPU: attention in training and over pages share
-their inner loop there, sampler and loss their sum over the vocabulary."""
+their inner loop there, sampler and loss their sum over the vocabulary; `linear` is asked only for
+products whose rows the library does not keep."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from fastrl.dense_attention import PagedPlan
-from fastrl.exactness.rows import invariant_rows, least_rows, row_multiple, weight_shapes
+from fastrl.exactness.rows import (
+    choose_products,
+    invariant_rows,
+    least_rows,
+    row_multiple,
+    shapes_of_kernel,
+    weight_shapes,
+)
 from fastrl.exactness.settings import exact_math
 from fastrl.models import CausalLM, DecoderConfig
 from fastrl.models.decoder import Decoder, DecoderLayer
@@ -37,6 +44,7 @@ MAX_SECONDS = 20.0
 ATTENTION_LENGTHS = (1, 17, 33, 100, 250)
 LOGPROB_TOLERANCE = 1e-5
 """Between the log-probs of sampler and loss, whose float32 sums over the vocabulary may differ."""
+OWN_KERNEL = "linear in triton, whose rows do not"
 RECOMPUTED = "old log-probs are recomputed where they differ"
 
 
@@ -66,6 +74,7 @@ def sweep(model: CausalLM, max_seconds: float = MAX_SECONDS) -> list[SweepLine]:
     device = model.lm_head.weight.device
     generator = torch.Generator(device).manual_seed(0)
     with exact_math(device.type):
+        choose_products(model)
         for shape, run in _works(model, generator):
             if time.monotonic() - begin > max_seconds:
                 lines.append(SweepLine("not tried", shape, f"more than {max_seconds:g} s",
@@ -88,8 +97,9 @@ def _works(
 ) -> Iterator[tuple[str, Callable[[], SweepLine]]]:
     """(shape, what makes its line) of everything that is tried."""
     weight = model.lm_head.weight
+    of_kernel = shapes_of_kernel(model)
     for shape in sorted(weight_shapes(model)):
-        yield f"{shape[0]} x {shape[1]}", partial(_product, shape, weight)
+        yield f"{shape[0]} x {shape[1]}", partial(_product, shape, weight, shape in of_kernel)
     backbone = model.backbone
     if isinstance(backbone, Decoder):
         layer = backbone.layers[0]
@@ -110,13 +120,13 @@ def _row_counts(model: CausalLM) -> list[int]:
     return [first, first + unit, 3 * first]
 
 
-def _product(shape: tuple[int, int], like: Tensor) -> SweepLine:
+def _product(shape: tuple[int, int], like: Tensor, takes_kernel: bool) -> SweepLine:
     """From how many rows on `x @ weight.T` has the same bits."""
     least = least_rows(shape, like.dtype, like.device)
     name = f"{shape[0]} x {shape[1]}"
     if least is None:
         return SweepLine("product", name, "rows depend on the number of rows",
-                         RECOMPUTED, False)
+                         OWN_KERNEL if takes_kernel else RECOMPUTED, takes_kernel)
     used = "nothing to do" if least == 1 else f"passes padded to {least} rows"
     return SweepLine("product", name, f"equal from {least} rows on", used, True)
 

@@ -17,6 +17,7 @@ from fastrl.models.causal_lm import CausalLM
 from fastrl.models.checkpointing import checkpointed
 from fastrl.models.config import DecoderConfig, RotaryScaling
 from fastrl.models.heads import LMHead
+from fastrl.models.linear import Linear
 from fastrl.ops import add_layer_norm, add_rms_norm, gelu, layer_norm, rms_norm, swiglu
 
 __all__ = ["Decoder", "DecoderConfig", "RotaryScaling", "empty_decoder", "new_decoder"]
@@ -108,10 +109,10 @@ class SelfAttention(nn.Module):
         self.sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
         self.scale = config.head_dim**-0.5
         self.window = None if config.windows is None else config.windows[layer]
-        self.qkv = nn.Linear(config.hidden_size, sum(self.sizes) * config.head_dim,
-                             bias=config.qkv_bias)
-        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size,
-                             bias=config.attention_out_bias)
+        self.qkv = Linear(config.hidden_size, sum(self.sizes) * config.head_dim,
+                          bias=config.qkv_bias)
+        self.out = Linear(config.num_heads * config.head_dim, config.hidden_size,
+                          bias=config.attention_out_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
 
@@ -139,9 +140,9 @@ class MLP(nn.Module):
         super().__init__()
         self.gated = config.gated_mlp
         self.activation = ACTIVATIONS[config.activation]
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size * (1 + self.gated),
-                            bias=config.mlp_bias)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.up = Linear(config.hidden_size, config.intermediate_size * (1 + self.gated),
+                         bias=config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, D] from x [N, D]."""

@@ -6,6 +6,7 @@ from fastrl.ops.gae import compute_gae
 from fastrl.ops.grad_norm import grad_norm
 from fastrl.ops.kl import kl_estimate
 from fastrl.ops.kv_cache import copy_pages, rotary_write_kv, write_kv
+from fastrl.ops.linear import linear
 from fastrl.ops.linear_cross_entropy import linear_cross_entropy
 from fastrl.ops.linear_kl import linear_kl
 from fastrl.ops.linear_logprob import linear_logprobs
@@ -40,6 +41,7 @@ __all__ = [
     "grad_norm",
     "kl_estimate",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "linear_kl",
     "linear_logprobs",

@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 NAMES = sorted(p.stem.removeprefix("interpreted_") for p in HERE.glob("interpreted_*.py"))
 FOLDER = HERE.parents[1] / "kernels/fastrl_kernels/triton"
 KERNELS = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("__init__", "support"))
-TOGETHER = {"decoder", "host_reads", "paged_prefixes"}
+TOGETHER = {"decoder", "exact_products", "host_reads", "paged_prefixes"}
 """Tests of several kernels in their place."""
 
 

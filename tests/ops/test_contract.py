@@ -40,6 +40,7 @@ CALLS: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
         (floats(B), floats(B, T), floats(B, T), mask(B, T)), {"kl_coef": 0.1}),
     "compute_gae": lambda: ((floats(B, T), floats(B, T), mask(B, T)), {}),
     "gather_logprobs": lambda: ((floats(M, V), tokens()), {}),
+    "linear": lambda: ((floats(N, D), floats(V, D), floats(V)), {}),
     "linear_logprobs": lambda: ((floats(M, D), floats(V, D), tokens()), {"bias": floats(V)}),
     "linear_kl": lambda: (
         (floats(M, D), floats(V, D), floats(M, D + 1), floats(V, D + 1)),
@@ -79,7 +80,7 @@ CALLS: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
         {"max_seqlen_q": 2, "max_kv_len": 5, "scale": 0.5}),
 }
 KEEP_THE_TYPE = {"rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "swiglu", "gelu",
-                 "packed_attention", "paged_attention", "prefix_attention", "rotary",
+                 "linear", "packed_attention", "paged_attention", "prefix_attention", "rotary",
                  "qk_norm_rotary"}
 """Layers of a model, whose results have the type of the activations."""
 

@@ -1,0 +1,145 @@
+"""A library whose rows depend on how many there are, and the kernel that exact mode takes then.
+
+The library is torch's own with a planted fault. Run by test_triton.py.
+"""
+
+import copy
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from fastrl_kernels.triton.support import is_interpreted
+from torch import Tensor
+
+import fastrl.exactness.sweep as sweep_module
+from fastrl import backends
+from fastrl.config import EngineConfig, PPOConfig, SamplingConfig
+from fastrl.engine import Engine
+from fastrl.exactness import exact_math, rows
+from fastrl.exactness.sweep import OWN_KERNEL, RECOMPUTED, sweep
+from fastrl.models import CausalLM, decoder_config, new_decoder
+from fastrl.models.linear import Linear
+from fastrl.ops import linear_logprobs
+from fastrl.packing import predict_rows
+from fastrl.trainers.common import packed_forward
+from fastrl.trainers.old_logprobs import update_logprobs
+from fastrl.types import Rollout
+
+KERNEL = "_linear_fwd_kernel"
+FAILING = {(64, 16), (16, 32)}  # gate and up together, and back
+PROMPTS = [[3, 9, 4], [1, 5, 30, 7, 2]]
+SAMPLING = SamplingConfig(max_new_tokens=3, stop_token_ids=())
+
+
+def tiny() -> CausalLM:
+    config = decoder_config("llama", vocab_size=37, hidden_size=16, num_layers=1, num_heads=2,
+                            intermediate_size=32, max_positions=32)
+    return new_decoder(replace(config, initializer_range=0.3), 0,
+                       device=torch.get_default_device())
+
+
+@pytest.fixture(autouse=True)
+def planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of the failing shapes are too large by 10% per row, to seven.
+
+    Rows are swept as on a GPU, and `auto` may have the kernel of linear, but of no other op, where
+    it is interpreted: what exact mode prefers decides.
+    """
+    real, real_refusal = torch.nn.functional.linear, backends._refusal
+
+    def faulty(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = real(x, weight, bias)
+        return y * (1 + 0.1 * (len(x) % 7)) if tuple(weight.shape) in FAILING else y
+
+    monkeypatch.setattr(torch.nn.functional, "linear", faulty)
+    monkeypatch.setattr(rows, "GPU_ROW_COUNTS", (1, 2, 16, 63, 64, 65, 128))
+    for module in (rows, sweep_module):
+        monkeypatch.setattr(module, "least_rows", lambda shape, dtype, device, by_input=False:
+                            rows.smallest_invariant_rows_on_gpu(shape, dtype, device))
+    monkeypatch.setattr(backends, "_refusal", lambda kernel, *args: real_refusal(
+        kernel, *args[:-1], args[-1] or (kernel == "linear" and is_interpreted())))
+    caches: tuple[Any, ...] = (rows.smallest_invariant_rows_on_gpu, rows.kernel_passes,
+                               rows._log_once)
+    for function in caches:
+        function.cache_clear()
+
+
+def trained_logprobs(model: CausalLM, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Log-probs of all responses in one pack with a gradient, and that of gate and up."""
+    sequences = [rollout.sequence(i) for i in range(len(PROMPTS))]
+    hidden, packed = packed_forward(model, sequences)
+    mask = torch.zeros(len(packed.token_ids), dtype=torch.bool)
+    for begin, end, prompt in zip(packed.cu_seqlens[:-1], packed.cu_seqlens[1:], PROMPTS,
+                                  strict=True):
+        mask[begin + len(prompt) : end] = True
+    sources, targets = predict_rows(mask, packed)
+    logprobs, _ = model.lm_head(hidden[sources], linear_logprobs, packed.token_ids[targets])
+    (gradient,) = torch.autograd.grad(logprobs.sum(), model.backbone.layers[0].mlp.up.weight)
+    return logprobs.detach(), gradient
+
+
+def as_if_sound(model: CausalLM) -> CausalLM:
+    """A model of the same numbers, whose failing matrices are multiplied without the fault."""
+    sound = copy.deepcopy(model)
+    for module in sound.modules():
+        if isinstance(module, Linear):
+            module.forward = lambda x, own=module: x @ own.weight.t()  # type: ignore[method-assign]
+    return sound
+
+
+def test_rollout_scoring_and_training_take_the_kernel_and_agree(launches: list[str]) -> None:
+    model = tiny()
+    engine = Engine(model, EngineConfig(max_batch_size=2))
+    marked = {tuple(m.weight.shape) for m in model.modules() if getattr(m, "keeps_rows", False)}
+    assert marked == FAILING
+    launches.clear()
+    drawn = (rollout := engine.generate(PROMPTS, SAMPLING)).rollout_logprobs
+    # Passes over the prompts and two steps; two products each.
+    assert launches.count(KERNEL) >= 2 * (1 + 2)
+    with exact_math(model.lm_head.weight.device.type):
+        launches.clear()
+        scored = update_logprobs(model, rollout, PPOConfig(sampling=SAMPLING))
+        assert launches.count(KERNEL) == 2
+        trained, gradient = trained_logprobs(model, rollout)
+        assert launches.count(KERNEL) == 4
+    assert torch.allclose(scored, drawn, rtol=0, atol=1e-6)
+    assert torch.equal(trained, scored.flatten())
+    expected, wanted = trained_logprobs(as_if_sound(model), rollout)
+    torch.testing.assert_close(trained, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_without_exact_mode_the_fault_is_there_and_the_kernel_is_not(launches: list[str]) -> None:
+    model = tiny()
+    Engine(model, EngineConfig(max_batch_size=2))  # what it decided binds exact mode alone
+    launches.clear()
+    rollout = Engine(model, EngineConfig(max_batch_size=2, exact=False)).generate(PROMPTS, SAMPLING)
+    scored = update_logprobs(model, rollout, PPOConfig(sampling=SAMPLING))
+    assert (scored - rollout.rollout_logprobs).abs().max() > 1e-5
+    assert KERNEL not in launches
+
+
+def test_the_sweep_says_so_and_the_log_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny()
+    with caplog.at_level(logging.INFO, logger="fastrl"):
+        lines = {line.shape: line for line in sweep(model) if line.work == "product"}
+        sweep(tiny())
+    for shape in ("64 x 16", "16 x 32"):
+        assert lines[shape].is_exact and lines[shape].used == OWN_KERNEL
+        assert lines[shape].result == "rows depend on the number of rows"
+        said = [r for r in caplog.records if "kernel of linear" in r.getMessage()
+                and shape in r.getMessage()]
+        assert len(said) == 1
+    assert all(line.used != OWN_KERNEL for shape, line in lines.items()
+               if shape not in ("64 x 16", "16 x 32"))
+
+
+def test_a_kernel_that_fails_too_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = rows.linear
+    monkeypatch.setattr(rows, "linear", lambda x, weight, backend: (
+        real(x, weight, backend=backend) * (1 + 0.1 * (len(x) % 7))))
+    failed = [line for line in sweep(tiny()) if line.work == "product" and not line.is_exact]
+    assert {(line.shape, line.used) for line in failed} == {
+        ("64 x 16", RECOMPUTED), ("16 x 32", RECOMPUTED)}
