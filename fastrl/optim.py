@@ -16,7 +16,8 @@ from torch import Tensor
 from fastrl.checks import check_resident, wide_dtype
 from fastrl.config import TrainConfig
 from fastrl.errors import ConfigError, ShapeError
-from fastrl.ops import adamw_step, grad_norm
+from fastrl.ops import grad_norm
+from fastrl.ops.adamw import Update, prepare_adamw_step
 from fastrl.ops.grad_norm import clip_coefficient
 from fastrl.out_of_memory import call_again
 from fastrl.state_formats import code_dtype, num_blocks
@@ -101,26 +102,33 @@ class AdamW:
             scale: Multiplies the gradients on the way, see `clip_scale`; None: 1.
         Raises:
             DeviceMemoryError: when there is no memory for its temporaries, in a second attempt
-                neither. Nothing has changed then; of weights of several dtypes, the first dtypes
-                may have been updated.
+                neither; nothing has changed then.
         """
         check_resident("AdamW", self._first[0])
-        step = call_again(lambda: self.num_steps + 1, "optimizer step")
+        step, updates = call_again(partial(self._prepare, learning_rate, scale), "optimizer step")
+        for update in updates:
+            update()
+        self.num_steps.copy_(step)
+
+    def _prepare(
+        self, learning_rate: float, scale: Tensor | None
+    ) -> tuple[Tensor, list[Update]]:
+        """Takes all memory of a step: its number, and what updates the weights of each dtype."""
+        step = self.num_steps + 1
         active = [i for i, p in enumerate(self.parameters) if p.grad is not None]
+        updates = []
         for dtype in dict.fromkeys(self.parameters[i].dtype for i in active):
             group = [i for i in active if self.parameters[i].dtype == dtype]
             parameters = [self.parameters[i] for i in group]
-            call_again(partial(
-                adamw_step, parameters,
-                [p.grad for p in parameters],  # type: ignore[misc]
+            updates.append(prepare_adamw_step(
+                parameters, [p.grad for p in parameters],  # type: ignore[misc]
                 [self._first[i] for i in group], [self._second[i] for i in group],
                 [self._remainders[i] for i in group if i in self._remainders],
                 step=step, learning_rate=learning_rate, betas=self.betas,
                 epsilon=self.epsilon, weight_decay=self.weight_decay,
                 decayed=[p.ndim >= 2 for p in parameters], scale=scale,
-                moment_scales=[self._scales[i] for i in group] if self._scales else (),
-            ), "optimizer step")
-        self.num_steps.copy_(step)
+                moment_scales=[self._scales[i] for i in group] if self._scales else ()))
+        return step, updates
 
     def state_dict(self) -> dict[str, Tensor]:
         """Step count, moments and bf16 remainders under flat names; the tensors are not copied."""

@@ -104,7 +104,7 @@ def test_pieces_are_halved_where_memory_is_short(monkeypatch: pytest.MonkeyPatch
     assert _equal(_state(got), _state(expected))
 
 
-def test_several_dtypes_are_updated_once_each() -> None:
+def test_several_dtypes_are_updated_once_each_or_not_at_all() -> None:
     def make() -> AdamW:
         weights = [torch.ones(8), torch.ones(8, dtype=torch.bfloat16)]
         for weight in weights:
@@ -119,6 +119,13 @@ def test_several_dtypes_are_updated_once_each() -> None:
         with FailingAllocations(lambda number, n=n: number == n):
             optimizer.step(1e-2)
         assert _equal(_state(optimizer), _state(expected)), n
+    optimizer = make()
+    before = _state(optimizer)
+    for n in range(counted.count):
+        with (FailingAllocations(lambda number, n=n: number >= n),
+              pytest.raises(DeviceMemoryError, match="optimizer step: expected memory")):
+            optimizer.step(1e-2)
+        assert _equal(_state(optimizer), before), n
 
 
 def test_the_norm_of_gradients_changes_nothing() -> None:

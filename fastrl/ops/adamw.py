@@ -8,14 +8,14 @@ The last line is bias correction with the constants moved out of the elements. E
 is rounded by itself, in this order, so that torch on any CPU and the kernels give the same bits.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from fastrl.adamw_piece import Scratch, factors_of, update_piece
+from fastrl.adamw_piece import Factors, Scratch, factors_of, update_piece
 from fastrl.backends import choose
 from fastrl.checks import check_device, check_like, check_not_negative, check_positive, wide_dtype
 from fastrl.errors import ShapeError
@@ -32,29 +32,31 @@ LARGE_PIECE_ELEMENTS = 1 << 26
 LEAST_PIECE_ELEMENTS = 1 << 12  # of a pass where memory is short
 
 Scales = Sequence[tuple[Tensor, Tensor]]
+Update = Callable[[], None]
 
 
 @torch.no_grad()
 def adamw_step_reference(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    first: Sequence[Tensor],
-    second: Sequence[Tensor],
-    remainders: Sequence[Tensor] = (),
-    *,
-    step: Tensor,
-    learning_rate: float,
-    betas: tuple[float, float],
-    epsilon: float,
-    weight_decay: float = 0.0,
-    decayed: Sequence[bool] | None = None,
-    scale: Tensor | None = None,
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], first: Sequence[Tensor],
+    second: Sequence[Tensor], remainders: Sequence[Tensor] = (), *, step: Tensor,
+    learning_rate: float, betas: tuple[float, float], epsilon: float, weight_decay: float = 0.0,
+    decayed: Sequence[bool] | None = None, scale: Tensor | None = None,
     moment_scales: Scales = (),
 ) -> None:
-    """adamw_step in plain torch, in pieces whose temporaries stay in a CPU's cache.
+    """adamw_step in plain torch, in pieces whose temporaries stay in a CPU's cache."""
+    _prepare_reference(
+        parameters, gradients, first, second, remainders, step=step, learning_rate=learning_rate,
+        betas=betas, epsilon=epsilon, weight_decay=weight_decay, decayed=decayed, scale=scale,
+        moment_scales=moment_scales)()
 
-    All memory is taken before the first element changes; where it is short, for smaller pieces.
-    """
+
+def _prepare_reference(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], first: Sequence[Tensor],
+    second: Sequence[Tensor], remainders: Sequence[Tensor], *, step: Tensor, learning_rate: float,
+    betas: tuple[float, float], epsilon: float, weight_decay: float,
+    decayed: Sequence[bool] | None, scale: Tensor | None, moment_scales: Scales,
+) -> Update:
+    """Takes all memory, where it is short for smaller pieces; what it returns takes none."""
     decayed = [True] * len(parameters) if decayed is None else decayed
     if weight_decay == 0:
         decayed = [False] * len(parameters)  # one bundle instead of two
@@ -64,25 +66,37 @@ def adamw_step_reference(
     numels = [x.numel() for x in parameters]
     limit, bundles, scratch, joined = _take_memory(columns, numels, decayed, bool(moment_scales))
     bundled = {i for bundle in bundles for i in bundle}
-    large = [i for i in range(len(numels)) if i not in bundled]
-    flat = {i: [column[i].reshape(-1) for column in columns] for i in large}
-    for i in large:
-        for begin in range(0, numels[i], limit):
-            end = min(begin + limit, numels[i])
-            scales = tuple(s[begin // BLOCK_SIZE:num_blocks(end)]
-                           for s in (moment_scales[i] if moment_scales else ()))
-            update_piece([x[begin:end] for x in flat[i]], scales, factors, decayed[i], scratch)
-        if not parameters[i].is_contiguous():
-            parameters[i].copy_(flat[i][0].view(parameters[i].shape))
-    for number, bundle in enumerate(bundles):
-        tensors = [[column[i] for i in bundle] for column in columns]
-        values = [whole[:sum(numels[i] for i in bundle)] for whole in joined]
-        for tensor_list, value in zip(tensors, values, strict=True):
-            if number > 0:  # the first was laid out with its memory
-                torch._foreach_copy_(_parts(value, tensor_list), tensor_list)
-        update_piece(values, (), factors, decayed[bundle[0]], scratch)
-        for targets, value in zip(tensors[:1] + tensors[2:], values[:1] + values[2:], strict=True):
-            torch._foreach_copy_(targets, _parts(value, targets))
+    flat = {i: [column[i].reshape(-1) for column in columns]
+            for i in range(len(numels)) if i not in bundled}
+
+    def update() -> None:
+        for i, tensors in flat.items():
+            for begin in range(0, numels[i], limit):
+                end = min(begin + limit, numels[i])
+                scales = tuple(s[begin // BLOCK_SIZE:num_blocks(end)]
+                               for s in (moment_scales[i] if moment_scales else ()))
+                update_piece([x[begin:end] for x in tensors], scales, factors, decayed[i], scratch)
+            if not parameters[i].is_contiguous():
+                parameters[i].copy_(tensors[0].view(parameters[i].shape))
+        for number, bundle in enumerate(bundles):
+            _update_bundle([[column[i] for i in bundle] for column in columns], joined, factors,
+                           decayed[bundle[0]], scratch, is_laid_out=number == 0)
+
+    return update
+
+
+def _update_bundle(
+    columns: Sequence[list[Tensor]], joined: Sequence[Tensor], factors: Factors, decays: bool,
+    scratch: Scratch, *, is_laid_out: bool,
+) -> None:
+    """The step on tensors that are laid end to end in `joined`, where the first bundle is."""
+    values = [whole[:sum(x.numel() for x in columns[0])] for whole in joined]
+    if not is_laid_out:
+        for tensors, value in zip(columns, values, strict=True):
+            torch._foreach_copy_(_parts(value, tensors), tensors)
+    update_piece(values, (), factors, decays, scratch)
+    for i in (0, *range(2, len(columns))):  # all but the gradients
+        torch._foreach_copy_(columns[i], _parts(values[i], columns[i]))
 
 
 def _parts(joined: Tensor, like: list[Tensor]) -> list[Tensor]:
@@ -188,6 +202,7 @@ def _check(
         check_device(op, {"step": step, **{f"tensor {i}": t for i, t in enumerate(others)}})
 
 
+@torch.no_grad()
 def adamw_step(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
@@ -241,6 +256,25 @@ def adamw_step(
         >>> weight.tolist()
         [0.5, 1.5]
     """
+    prepare_adamw_step(
+        parameters, gradients, first, second, remainders, step=step, learning_rate=learning_rate,
+        betas=betas, epsilon=epsilon, weight_decay=weight_decay, decayed=decayed, scale=scale,
+        moment_scales=moment_scales, backend=backend)()
+
+
+@torch.no_grad()
+def prepare_adamw_step(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], first: Sequence[Tensor],
+    second: Sequence[Tensor], remainders: Sequence[Tensor] = (), *, step: Tensor,
+    learning_rate: float, betas: tuple[float, float], epsilon: float, weight_decay: float = 0.0,
+    decayed: Sequence[bool] | None = None, scale: Tensor | None = None,
+    moment_scales: Scales = (), backend: str | None = None,
+) -> Update:
+    """adamw_step in two parts: all its memory is taken now, and nothing changes before the call of
+    what is returned, which takes none.
+
+    Arguments and errors are those of `adamw_step`. The tensors must not change in between.
+    """
     decayed = [True] * len(parameters) if decayed is None else decayed
     _check(parameters, gradients, first, second, remainders, step, decayed, scale, moment_scales)
     check_not_negative("adamw_step", learning_rate=learning_rate, weight_decay=weight_decay)
@@ -254,10 +288,9 @@ def adamw_step(
     if name == "triton":
         from fastrl_kernels.triton import adamw
 
-        adamw.adamw_step(*tensors, **settings)
-    elif name == "cuda":
+        return adamw.prepare_adamw_step(*tensors, **settings)
+    if name == "cuda":
         from fastrl_kernels.cuda import adamw as cuda_adamw
 
-        cuda_adamw.adamw_step(*tensors, **settings)
-    else:
-        adamw_step_reference(*tensors, **settings)
+        return cuda_adamw.prepare_adamw_step(*tensors, **settings)
+    return _prepare_reference(*tensors, **settings)

@@ -7,7 +7,8 @@ Limits: float32, and bfloat16 with remainders; moments in float32 or 8 bits. The
 the reference on a CPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,12 +17,12 @@ from fastrl_kernels import multi_tensor
 from fastrl_kernels.cuda import compiled_ops, stream_of
 
 
-def launch(
+def _prepare(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], first: Sequence[Tensor],
     second: Sequence[Tensor], remainders: Sequence[Tensor], scales: Sequence[Tensor],
     factors: Tensor, beta1: float, beta2: float, decay: float, decayed: Sequence[bool],
-) -> None:
-    """One launch over contiguous tensors.
+) -> Callable[[], None]:
+    """Takes all memory for a launch over contiguous tensors; what it returns launches.
 
     Args:
         scales: Of m and v of each parameter in turn.
@@ -31,8 +32,18 @@ def launch(
                                    decayed)
     table, chunks = multi_tensor.tensor_table(rows, tuple(p.numel() for p in parameters),
                                               factors.device)
-    compiled_ops().adamw(table, chunks, factors, beta1, beta2, decay, bool(remainders),
-                         bool(scales), stream_of(table))
+    return partial(compiled_ops().adamw, table, chunks, factors, beta1, beta2, decay,
+                   bool(remainders), bool(scales), stream_of(table))
+
+
+def launch(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], first: Sequence[Tensor],
+    second: Sequence[Tensor], remainders: Sequence[Tensor], scales: Sequence[Tensor],
+    factors: Tensor, beta1: float, beta2: float, decay: float, decayed: Sequence[bool],
+) -> None:
+    """The step at once."""
+    _prepare(parameters, gradients, first, second, remainders, scales, factors, beta1, beta2,
+             decay, decayed)()
 
 
 # What a compiled graph holds: the table is made of addresses, which a trace does not have.
@@ -47,26 +58,33 @@ def _(*arguments: object) -> None:
 
 
 @torch.no_grad()
-def adamw_step(
+def prepare_adamw_step(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], first: Sequence[Tensor],
     second: Sequence[Tensor], remainders: Sequence[Tensor] = (), *, step: Tensor,
     learning_rate: float, betas: tuple[float, float], epsilon: float, weight_decay: float = 0.0,
     decayed: Sequence[bool] | None = None, scale: Tensor | None = None,
     moment_scales: Sequence[tuple[Tensor, Tensor]] = (),
-) -> None:
-    """One step in place; arguments as in fastrl.ops.adamw_step."""
-    run = _launch_op if torch.compiler.is_compiling() else launch
+) -> Callable[[], None]:
+    """fastrl.ops.adamw.prepare_adamw_step on this backend."""
     weights = [p.contiguous() for p in parameters]
-    run(weights, [g.contiguous() for g in gradients], first, second, remainders,
+    arguments = (
+        weights, [g.contiguous() for g in gradients], first, second, remainders,
         [s for pair in moment_scales for s in pair],
         multi_tensor.adamw_factors(step, learning_rate, betas, epsilon, scale), *betas,
         1 - learning_rate * weight_decay,
         [True] * len(weights) if decayed is None else decayed)
-    if not torch.compiler.is_compiling():  # autograd refuses whoever still needs the old weights
-        torch.autograd.graph.increment_version(parameters)
-    for parameter, weight in zip(parameters, weights, strict=True):
-        if not parameter.is_contiguous():
-            parameter.copy_(weight)
+    is_compiling = torch.compiler.is_compiling()
+    run = partial(_launch_op, *arguments) if is_compiling else _prepare(*arguments)
+
+    def update(kept: object = arguments) -> None:  # a table only has addresses
+        run()
+        if not is_compiling:  # autograd refuses whoever still needs the old weights
+            torch.autograd.graph.increment_version(parameters)
+        for parameter, weight in zip(parameters, weights, strict=True):
+            if not parameter.is_contiguous():
+                parameter.copy_(weight)
+
+    return update
 
 
 def supports(device_type: str, dtype: torch.dtype) -> str | None:

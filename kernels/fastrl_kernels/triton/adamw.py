@@ -11,7 +11,8 @@ float32, and bfloat16 with remainders. Source: Loshchilov and Hutter 2019 (arXiv
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import triton
@@ -23,7 +24,7 @@ from fastrl_kernels.multi_tensor import CHUNK
 from fastrl_kernels.triton import support
 from fastrl_kernels.triton.support import AotCase
 
-__all__ = ["adamw_step", "aot_cases", "supports"]
+__all__ = ["aot_cases", "prepare_adamw_step", "supports"]
 
 ROWS = 8
 COLUMNS = tl.constexpr(9)  # of the table, see multi_tensor.adamw_rows
@@ -135,12 +136,13 @@ def _adamw_kernel(  # type: ignore[no-untyped-def]
             tl.store(second_ptr + i, v, mask=is_inside)
 
 
-def launch(
+def _prepare(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], first: Sequence[Tensor],
     second: Sequence[Tensor], remainders: Sequence[Tensor], scales: Sequence[Tensor],
     factors: Tensor, beta1: float, beta2: float, decay: float, decayed: Sequence[bool],
-) -> None:
-    """One launch over contiguous tensors, two where some are not read 16 bytes at a time.
+) -> Callable[[], None]:
+    """Takes all memory for a launch over contiguous tensors, for two where some are not read 16
+    bytes at a time; what it returns launches.
 
     Args:
         scales: Of m and v of each parameter in turn.
@@ -149,15 +151,28 @@ def launch(
     rows = multi_tensor.adamw_rows(parameters, gradients, first, second, remainders, scales,
                                    decayed)
     numels = tuple(p.numel() for p in parameters)
-    # All memory is taken before the first launch, so that a step is done or not done.
     tables = [(is_aligned, *multi_tensor.tensor_table(*group, factors.device))
               for is_aligned, *group in multi_tensor.by_alignment(rows, numels, 7)]
-    for is_aligned, table, chunks in tables:
-        if len(chunks) > 0:
-            _adamw_kernel[(len(chunks),)](
-                table, chunks, factors, beta1, 1 - beta1, beta2, 1 - beta2, decay,
-                IS_BF16=bool(remainders), IS_8BIT=bool(scales), IS_ALIGNED=is_aligned,
-                CHUNK=CHUNK, ROWS=ROWS, num_warps=8, enable_fp_fusion=False)
+
+    def run() -> None:
+        for is_aligned, table, chunks in tables:
+            if len(chunks) > 0:
+                _adamw_kernel[(len(chunks),)](
+                    table, chunks, factors, beta1, 1 - beta1, beta2, 1 - beta2, decay,
+                    IS_BF16=bool(remainders), IS_8BIT=bool(scales), IS_ALIGNED=is_aligned,
+                    CHUNK=CHUNK, ROWS=ROWS, num_warps=8, enable_fp_fusion=False)
+
+    return run
+
+
+def launch(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], first: Sequence[Tensor],
+    second: Sequence[Tensor], remainders: Sequence[Tensor], scales: Sequence[Tensor],
+    factors: Tensor, beta1: float, beta2: float, decay: float, decayed: Sequence[bool],
+) -> None:
+    """The step at once."""
+    _prepare(parameters, gradients, first, second, remainders, scales, factors, beta1, beta2,
+             decay, decayed)()
 
 
 # What a compiled graph holds: the table is made of addresses, which a trace does not have.
@@ -172,26 +187,33 @@ def _(*arguments: object) -> None:
 
 
 @torch.no_grad()
-def adamw_step(
+def prepare_adamw_step(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], first: Sequence[Tensor],
     second: Sequence[Tensor], remainders: Sequence[Tensor] = (), *, step: Tensor,
     learning_rate: float, betas: tuple[float, float], epsilon: float, weight_decay: float = 0.0,
     decayed: Sequence[bool] | None = None, scale: Tensor | None = None,
     moment_scales: Sequence[tuple[Tensor, Tensor]] = (),
-) -> None:
-    """fastrl.ops.adamw_step on this backend."""
-    run = _launch_op if torch.compiler.is_compiling() else launch
+) -> Callable[[], None]:
+    """fastrl.ops.adamw.prepare_adamw_step on this backend."""
     weights = [p.contiguous() for p in parameters]
-    run(weights, [g.contiguous() for g in gradients], first, second, remainders,
+    arguments = (
+        weights, [g.contiguous() for g in gradients], first, second, remainders,
         [s for pair in moment_scales for s in pair],
         multi_tensor.adamw_factors(step, learning_rate, betas, epsilon, scale), *betas,
         1 - learning_rate * weight_decay,
         [True] * len(weights) if decayed is None else decayed)
-    if not torch.compiler.is_compiling():  # autograd refuses whoever still needs the old weights
-        torch.autograd.graph.increment_version(parameters)
-    for parameter, weight in zip(parameters, weights, strict=True):
-        if not parameter.is_contiguous():
-            parameter.copy_(weight)
+    is_compiling = torch.compiler.is_compiling()
+    run = partial(_launch_op, *arguments) if is_compiling else _prepare(*arguments)
+
+    def update(kept: object = arguments) -> None:  # a table only has addresses
+        run()
+        if not is_compiling:  # autograd refuses whoever still needs the old weights
+            torch.autograd.graph.increment_version(parameters)
+        for parameter, weight in zip(parameters, weights, strict=True):
+            if not parameter.is_contiguous():
+                parameter.copy_(weight)
+
+    return update
 
 
 def aot_cases(every: bool = False) -> list[AotCase]:
