@@ -82,6 +82,7 @@ class Engine:
                 self._row_multiple = row_multiple(model)
         self._idle_cache: KVCache | None = None
         self._active: list[Generation] = []
+        self._calls: list[Generation] = []  # of `generate`, the innermost last
         self._graphs: StepGraphs | None = None
         self._max_batch_size = self.config.max_batch_size
         self._max_cache_bytes: int | None = None  # once there was no memory for more
@@ -118,6 +119,7 @@ class Engine:
             encoder=self.encoder)
         generation = self._begin(
             requests, one_at_a_time=any(request.text is not None for request in requests))
+        self._calls.append(generation)
         try:
             with self._exact_math(), _evaluating(self.model):
                 while not generation.is_finished:
@@ -125,6 +127,7 @@ class Engine:
                     if on_progress is not None:
                         on_progress(generation.num_tokens, generation.num_finished, len(requests))
         finally:
+            self._calls.pop()
             self._end(generation)
         try:
             return generation.results.rollout(num_samples_per_prompt)
@@ -179,12 +182,14 @@ class Engine:
         """End responses now, with what they have; to be called from `on_progress`.
 
         Args:
-            rows: Rows of the rollout; None ends all of them.
+            rows: Rows of the rollout that reports its progress; None ends these and all streams.
         """
-        chosen = None if rows is None else set(rows)
-        for generation in self._active:
-            generation.cancel([request for request in generation.requests
-                               if chosen is None or request.index in chosen])
+        if rows is None:
+            for generation in self._active:
+                generation.cancel(generation.requests)
+        elif self._calls:
+            chosen, generation = set(rows), self._calls[-1]
+            generation.cancel([r for r in generation.requests if r.index in chosen])
 
     def weights_changed(self) -> None:
         """Drop every cached page: no token is drawn from keys and values of old weights.

@@ -183,6 +183,31 @@ def test_cancel_while_streaming() -> None:
     assert not engine._active
 
 
+def test_rows_that_are_cancelled_are_of_the_rollout_and_of_no_stream() -> None:
+    """A stream is row 0 of its own call; so is the first prompt of a rollout around another."""
+    engine = Engine(MODEL)
+    expected = [token.token_id for token in engine.stream([3, 5], SAMPLING)]
+    stream = engine.stream([3, 5], SAMPLING)
+    got = [next(stream).token_id for _ in range(2)]
+    inner = []
+
+    def cancel_inner(num_tokens: int, num_finished: int, total: int) -> None:
+        engine.cancel([0])
+
+    def cancel_outer(num_tokens: int, num_finished: int, total: int) -> None:
+        if not inner:
+            inner.append(engine.generate([[4], [6]], SAMPLING, on_progress=cancel_inner))
+        elif num_tokens >= 8:
+            engine.cancel([1])
+
+    outer = engine.generate([[7], [8]], SAMPLING, on_progress=cancel_outer)
+    assert [reason == "cancelled" for reason in inner[0].finish_reasons] == [True, False]
+    assert [reason == "cancelled" for reason in outer.finish_reasons] == [False, True]
+    engine.cancel([0])  # no rollout is under way
+    got.extend(token.token_id for token in stream)
+    assert got == expected
+
+
 def test_modes_are_restored_between_tokens() -> None:
     model = new_decoder(MODEL.backbone.config, 0).train()
     stream = Engine(model).stream([3], SAMPLING)
