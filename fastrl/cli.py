@@ -20,7 +20,7 @@ from fastrl import __version__
 from fastrl.config import check
 from fastrl.environment import checks_values, set_up_logging
 from fastrl.errors import ConfigError, FastRLError
-from fastrl.options import Parser, read_options, unknown_argument
+from fastrl.options import Parser, parse_all, read_options
 from fastrl.runs import RUN_TYPES
 from fastrl.yaml_file import nearest
 
@@ -161,8 +161,8 @@ def _run(parser: Parser, argv: list[str]) -> int:
     parser.add_argument("--quiet", action="store_true", help="print warnings and results only")
     parser.epilog = ("--STAGE.SETTING VALUE changes a setting of a stage, as in "
                      "--ppo.kl_coef 0.05; --seed VALUE the seed of the recipe.")
-    given, rest = parser.parse_known_args(argv)
-    overrides = _overrides(parser, rest)
+    overrides, rest = _overrides(parser, argv)
+    given = parse_all(parser, rest)
 
     from fastrl.console import Console
     from fastrl.pipeline import run_recipe
@@ -176,20 +176,21 @@ def _run(parser: Parser, argv: list[str]) -> int:
     return 0
 
 
-def _overrides(parser: Parser, words: list[str]) -> list[str]:
-    """`--ppo.kl_coef 0.1` and `--ppo.kl_coef=0.1` as `ppo.kl_coef=0.1`."""
-    overrides = []
+def _overrides(parser: Parser, words: list[str]) -> tuple[list[str], list[str]]:
+    """`--ppo.kl_coef 0.1` and `--ppo.kl_coef=0.1` as `ppo.kl_coef=0.1`, and all other words."""
+    overrides, others = [], []
     remaining = iter(words)
     for word in remaining:
         name, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or ("." not in name and name != "seed"):
-            raise ConfigError(unknown_argument(parser, word))
+            others.append(word)
+            continue
         if not equals:
             value = next(remaining, "")
-        if not value:
-            raise ConfigError(f"{parser.prog}: --{name}: expected a value, got none")
+        if not value or not equals and value.startswith("--"):
+            raise ConfigError(f"{parser.prog}: --{name}: expected a value, got {value or 'none'}")
         overrides.append(f"{name}={value}")
-    return overrides
+    return overrides, others
 
 
 def _demo(parser: Parser, argv: list[str]) -> int:
@@ -244,8 +245,8 @@ def _plan(parser: Parser, argv: list[str]) -> int:
                         help="print the largest model of each stage and card, and end")
     parser.add_argument("--quiet", action="store_true", help="print the verdict only")
     parser.epilog = "--STAGE.SETTING VALUE changes a setting of a recipe's stage."
-    given, rest = parser.parse_known_args(argv)
-    overrides = _overrides(parser, rest)
+    overrides, rest = _overrides(parser, argv)
+    given = parse_all(parser, rest)
     if given.what is None and not given.table:
         raise ConfigError(f"{parser.prog}: expected {', '.join(PLANNED)}, a recipe or --table, got "
                           f"nothing; `{parser.prog} --help` says more")

@@ -124,10 +124,7 @@ def read_options(parser: argparse.ArgumentParser, cls: type[Config], argv: Seque
             value of the wrong type or out of bounds.
     """
     add_options(parser, cls, needs_all=needs_all)
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise ConfigError(unknown_argument(parser, unknown[0]))
-    given = vars(namespace)
+    given = vars(parse_all(parser, argv))
     path, quiet = given.pop("config"), given.pop("quiet")
     values = load_yaml(Path(path)) if path is not None else {}
     hints = {option.name: option.hint for option in options(cls)}
@@ -140,7 +137,15 @@ def read_options(parser: argparse.ArgumentParser, cls: type[Config], argv: Seque
     return parse_config(cls, values, where), quiet
 
 
-def unknown_argument(parser: argparse.ArgumentParser, argument: str) -> str:
+def parse_all(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Return the values of the options; ConfigError names the first word that is none."""
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise ConfigError(_unknown_argument(parser, unknown[0]))
+    return given
+
+
+def _unknown_argument(parser: argparse.ArgumentParser, argument: str) -> str:
     """Return the message for an argument that a command does not have; names the nearest one."""
     name = argument.partition("=")[0]
     if not name.startswith("-"):

@@ -120,8 +120,10 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that a person most likely meant: one it begins, or one spelt alike."""
-    known = list(known)
-    begun = [other for other in known if other.startswith(name)]
-    alike = begun or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return alike[0] if alike else None
+    """Return the known name that a person most likely meant: the same within other settings, one
+    that it begins, or one spelt alike."""
+    known, last = list(known), name.rpartition(".")[2]
+    meant = ([other for other in known if other.rpartition(".")[2] == last]
+             or [other for other in known if other.startswith(name)]
+             or difflib.get_close_matches(name, known, n=1, cutoff=0.5))
+    return meant[0] if meant else None

@@ -13,6 +13,7 @@ import pytest
 
 import fastrl.demo.run
 import fastrl.pipeline
+import fastrl.planning
 from fastrl import cli
 from fastrl.config import PPOConfig, SamplingConfig
 from fastrl.data import word_tokenizer
@@ -135,6 +136,7 @@ def test_config_file_and_overrides(tmp_path: Path) -> None:
     (["--kl_coeff", "1"], "unknown option --kl_coeff; did you mean --kl_coef?"),
     (["--kl-coef", "1"], "unknown option --kl-coef; did you mean --kl_coef?"),
     (["--sampling.temp", "1"], "did you mean --sampling.temperature?"),
+    (["--max_new_tokens", "8"], "did you mean --sampling.max_new_tokens?"),
     (["--zzzzzz"], "unknown option --zzzzzz; `fastrl ppo --help` lists them"),
     (["--kl_coef", "abc"], "kl_coef: expected a number, got 'abc'"),
     (["--num_iterations", "1.5"], "num_iterations: expected a whole number, got 1.5"),
@@ -266,10 +268,32 @@ def test_run_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "report.html" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_settings_of_a_stage_may_stand_before_the_recipe(
+    command: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[Path, list[str]]] = []
+
+    def record(recipe: Path, *args: Any, **kwargs: Any) -> Path:
+        calls.append((recipe, kwargs.get("overrides") or args[1]))
+        return recipe
+
+    monkeypatch.setattr(fastrl.pipeline, "run_recipe", record)
+    monkeypatch.setattr(fastrl.planning, "plan_recipe", record)
+    for words in (["--ppo.kl_coef", "0", "r.yaml", "--seed", "-1"],
+                  ["--seed=-1", "r.yaml", "--ppo.kl_coef=0"]):
+        assert cli.main([command, "--quiet", *words]) == 0
+    assert [(path, sorted(given)) for path, given in calls] == [
+        (Path("r.yaml"), ["ppo.kl_coef=0", "seed=-1"])] * 2
+
+
 @pytest.mark.parametrize(("argv", "message"), [
     (["run"], "required: recipe"),
     (["run", "r.yaml", "--dataroot", "x"], "unknown option --dataroot; did you mean --data_root?"),
     (["run", "r.yaml", "--ppo.kl_coef"], "--ppo.kl_coef: expected a value, got none"),
+    (["run", "r.yaml", "--ppo.kl_coef", "--short"], "kl_coef: expected a value, got --short"),
+    (["run", "r.yaml", "more.yaml"], "unexpected 'more.yaml'; settings are given as --name value"),
+    (["generate", "--sampling.max_new_tokens", "8"], "did you mean --max_new_tokens?"),
     (["run", "absent.yaml"], "absent.yaml: cannot read this file"),
 ])
 def test_mistakes_of_run(argv: list[str], message: str,
