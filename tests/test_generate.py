@@ -13,6 +13,7 @@ import fastrl.generate as generate_module
 from fastrl import cli
 from fastrl.config import SamplingConfig
 from fastrl.data import load_comparisons, load_encoder, word_tokenizer
+from fastrl.engine import Engine
 from fastrl.models import DecoderConfig, new_decoder
 from fastrl.models.weights import load_causal_lm, save_causal_lm
 
@@ -67,6 +68,24 @@ def test_rows_have_everything_but_ranks(model: Path, prompts: Path, tmp_path: Pa
         ids = [i for i in completion["token_ids"] if i not in encoder.eos_token_ids]
         assert completion["text"] == encoder.decode(ids)
     assert len({c["text"] for c in rows[0]["completions"]}) > 1
+
+
+def test_rows_say_what_the_engine_said(model: Path, prompts: Path, tmp_path: Path) -> None:
+    out, stops = tmp_path / "out.jsonl", tuple(range(5, 9))
+    assert run(model, "--prompts", str(prompts), "--num_samples_per_prompt", "3", "--seed", "5",
+               "--stop_token_ids", json.dumps(stops), "--output", str(out)) == 0
+    encoder = load_encoder(model)
+    rollout = Engine(load_causal_lm(model)).generate(
+        [encoder.encode_prompt(row["prompt"]) for row in PROMPTS[:5]],
+        SamplingConfig(max_new_tokens=6, stop_token_ids=stops), seed=5, num_samples_per_prompt=3)
+    assert set(rollout.finish_reasons) == {"stop", "length"}
+    completions = [completion for row in rows_of(out)[:5] for completion in row["completions"]]
+    assert [c["finish_reason"] for c in completions] == list(rollout.finish_reasons)
+    for number, completion in enumerate(completions):
+        assert completion["token_ids"] == rollout.response(number)
+        count = len(rollout.response(number))
+        assert completion["logprobs"] == pytest.approx(
+            rollout.rollout_logprobs[number, :count].tolist(), abs=1e-6)
 
 
 def test_rows_with_ranks_are_comparisons(model: Path, prompts: Path, tmp_path: Path) -> None:

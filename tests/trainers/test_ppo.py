@@ -18,6 +18,7 @@ from fastrl.engine import Engine
 from fastrl.errors import NumericsError
 from fastrl.glossary import GLOSSARY
 from fastrl.metrics import RunFolder, is_timing
+from fastrl.models.attention import PackedAttention
 from fastrl.models.causal_lm import CausalLM
 from fastrl.models.decoder import new_decoder
 from fastrl.models.scoring import response_logprobs
@@ -321,6 +322,25 @@ def test_the_engine_is_told_whenever_weights_change(task: SimpleNamespace) -> No
     evaluation = ["told", "generate", "told"]  # the average goes in, and out again
     iteration = ["generate", "changed", "changed", "told"]
     assert events == [*evaluation, *iteration, *evaluation]
+
+
+def test_a_stream_across_training_goes_on_from_the_weights_that_are_chosen(
+    task: SimpleNamespace,
+) -> None:
+    """The average goes into the policy at the very end; no page of the last weights stays."""
+    trainer = task.make_trainer(ema_decay=0.5, learning_rate=0.05)
+    stream = trainer.engine.stream([2, 3], SamplingConfig(
+        max_new_tokens=6, min_new_tokens=6, logprobs="raw"))
+    taken = [next(stream) for _ in range(3)]
+    trainer.train()
+    *_, last = taken = [*taken, next(stream)]
+    stream.close()
+    token_ids = torch.tensor([2, 3, *(token.token_id for token in taken)])
+    with torch.no_grad():
+        hidden = trainer.policy.backbone(
+            token_ids, torch.arange(6), PackedAttention(torch.tensor([0, 6]), 6))
+        logprobs = (hidden @ trainer.policy.lm_head.weight.T).log_softmax(dim=1)
+    assert last.logprob == pytest.approx(float(logprobs[4, last.token_id]), abs=1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
