@@ -11,7 +11,6 @@ paper, with reasons, are in docs/algorithms.md.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 from torch import Tensor
 
@@ -25,18 +24,13 @@ from fastrl.memory.measure import MemoryWatch
 from fastrl.memory.residents import Residents, tensors_of
 from fastrl.metrics import PhaseTimer, RunFolder
 from fastrl.models.causal_lm import CausalLM, ScalarModel
-from fastrl.models.scoring import response_logprobs
 from fastrl.ops import shape_rewards
-from fastrl.optim import AdamW, Schedule, clip_scale
-from fastrl.rewards import RewardModelScorer, Scorer, TextDecoder, adjust_scores, decode_response
+from fastrl.rewards import RewardModelScorer, Scorer, TextDecoder, adjust_scores
 from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import (
     Progress,
     SilentProgress,
-    backward_token_loss,
     derive_seed,
-    epoch_permutation,
-    evaluate_token_loss,
     prepare_backbone,
     stream_indices,
 )
@@ -49,10 +43,11 @@ from fastrl.trainers.ppo_checks import (
     check_models,
     check_rollout_finite,
     check_settings,
-    check_update_finite,
     fit_prompts,
     warn_if_none_stopped,
 )
+from fastrl.trainers.ppo_evaluation import Evaluation
+from fastrl.trainers.ppo_learners import CriticLearner, PolicyLearner, minibatches
 from fastrl.trainers.ppo_plan import plan_trainer
 from fastrl.trainers.ppo_trunks import (
     SCORING_PARTS,
@@ -61,22 +56,11 @@ from fastrl.trainers.ppo_trunks import (
     read_critic,
     resident_parts,
 )
-from fastrl.trainers.ppo_update import (
-    PPOBatch,
-    backward_critic,
-    backward_policy,
-    batch_metrics,
-    eval_metrics,
-    mean_by_name,
-    unpack_sequences,
-)
+from fastrl.trainers.ppo_update import PPOBatch, batch_metrics, unpack_sequences
 from fastrl.trainers.ppo_weights import KeptWeights
 from fastrl.types import Prompt, Rollout, TokenExample
 
 logger = logging.getLogger("fastrl")
-
-NUM_LOGGED_SAMPLES = 4
-"""Held-out prompts whose responses are written out at every evaluation."""
 
 
 class PPOTrainer:
@@ -135,8 +119,7 @@ class PPOTrainer:
         plan, config = plan_trainer(config, models, self.prompts + self.eval_prompts)
         weights = [weight for model in models.values() for weight in tensors_of(model)]
         self.memory = MemoryWatch(plan, policy.lm_head.weight.device, weights, run)
-        self.config, self.scorer, self.ptx, self.eval_ptx = config, scorer, ptx, eval_ptx
-        self.run, self.encoder = run, encoder
+        self.config, self.scorer, self.run = config, scorer, run
         self.policy, self.critic = policy.eval(), critic.eval()
         self.reference = reference
         for model in (policy, critic):
@@ -151,24 +134,23 @@ class PPOTrainer:
             # A CPU's parked files are read from its own memory: nothing to gain by reading ahead.
             spare_bytes=plan.spare() if weights[0].is_cuda else None)
         with self.residents.phase("policy_update"):
-            value_head = own_weights if config.critic_trunk == "policy" else ()
-            self.policy_optimizer = AdamW.from_config((*policy.parameters(), *value_head), config)
             self.weights = KeptWeights(policy, config)
+            self.policy_learner = PolicyLearner(
+                config, policy, self.weights, self.budget, ptx=ptx,
+                value_head=critic.head if config.critic_trunk == "policy" else None)
         self.residents.parts |= {
-            "policy_optimizer": lambda: self.policy_optimizer.state_dict().values(),
+            "policy_optimizer": lambda: self.policy_learner.optimizer.state_dict().values(),
             "ema": self.weights.averages}
         with self.residents.phase("critic_update"):
-            self.critic_optimizer = AdamW.from_config(own_weights, config)
+            self.critic_learner = CriticLearner(config, critic, own_weights, self.budget)
         self.residents.parts["critic_optimizer"] = (
-            lambda: self.critic_optimizer.state_dict().values())
-        self.policy_schedule = Schedule.from_config(config, max(
-            1, config.num_iterations - config.num_critic_warmup_iterations))
-        self.critic_schedule = Schedule.from_config(config, config.num_iterations,
-                                                    config.critic_learning_rate)
+            lambda: self.critic_learner.optimizer.state_dict().values())
+        self.evaluation = Evaluation(
+            config, self.engine, policy, reference, scorer, self.weights, self.residents,
+            self.eval_prompts, eval_ptx, run, encoder)
         self.kl_controller = make_kl_controller(config.kl_controller, config.kl_coef,
                                                 config.kl_target, config.kl_horizon)
         self.iteration = 0
-        self.num_ptx_windows = 0
         self.num_recomputed = 0
         self.score_std: float | None = None
         self.stop_reason: str | None = None
@@ -238,7 +220,7 @@ class PPOTrainer:
         ref_logprobs = None
         if self.reference is not None:
             with self._phase(timer, "scoring", "reference"):
-                ref_logprobs = self._ref_logprobs(self.reference, rollout)
+                ref_logprobs = update_logprobs(self.reference, rollout, config)
         with self._phase(timer, "scoring", *SCORING_PARTS[config.critic_trunk]):
             values, raw_scores, critic_states = read_critic(
                 config, self.critic, self.scorer, rollout,
@@ -320,13 +302,6 @@ class PPOTrainer:
         return old_logprobs, {"logprob/gap_max": gap,
                               "logprob/num_recomputed": float(self.num_recomputed)}
 
-    def _ref_logprobs(self, reference: CausalLM, rollout: Rollout) -> Tensor:
-        """Log-probs [B, T] of the frozen reference."""
-        logprobs, _ = response_logprobs(reference, rollout, self.config.sampling.temperature,
-                                        self.config.max_tokens_per_microbatch,
-                                        share_prefix=self.config.share_prefix)
-        return logprobs
-
     def _coefficient_metrics(self, raw_scores: Tensor) -> dict[str, float]:
         """beta, also in units of the scores' std under the policy that training started from."""
         if self.reference is None:
@@ -356,101 +331,16 @@ class PPOTrainer:
         but only one of them is needed at a time. The critic sees as many minibatches as the policy
         learned from. A critic on the policy's trunk learns in the policy's steps.
         """
-        minibatches = list(self._minibatches(batch.rollout.batch_size))
+        order = list(minibatches(self.config, batch.rollout.batch_size, self.iteration))
         metrics: dict[str, float] = {}
         with self._phase(timer, "policy_update"):
             if self._trains_policy:
-                metrics, num_steps = self._update_policy(batch, minibatches)
-                minibatches = minibatches[:num_steps]
+                metrics, num_steps = self.policy_learner.learn(batch, order, self.iteration)
+                order = order[:num_steps]
         if not self._trains_jointly:
             with self._phase(timer, "critic_update"):
-                metrics |= mean_by_name([self._step_critic(batch, rows) for rows in minibatches])
-        return metrics | self.budget.metrics() | {
-            "update/num_minibatches": float(len(minibatches))}
-
-    def _update_policy(
-        self, batch: PPOBatch, minibatches: Sequence[list[int]]
-    ) -> tuple[dict[str, float], int]:
-        """Steps of the policy until approximate KL is too large; metrics, and how many steps."""
-        max_approx_kl, done = self.config.max_approx_kl, list[dict[str, float]]()
-        for number, rows in enumerate(minibatches):
-            windows = self._ptx_windows(len(rows))
-            lengths = [len(batch.sequences[i]) for i in rows] + [len(w.token_ids) for w in windows]
-            metrics, scale = self.budget.run(
-                partial(self._policy_gradients, batch, rows, windows, number == 0),
-                self.policy_optimizer, lengths)
-            if max_approx_kl is not None and metrics["kl/approx"] > max_approx_kl:
-                self.policy_optimizer.zero_grad()
-                done.append({"kl/approx": metrics["kl/approx"]})
-                return mean_by_name(done), number
-            self.num_ptx_windows += len(windows)
-            done.append(metrics | self._step_policy(rows, metrics, scale))
-        return mean_by_name(done), len(minibatches)
-
-    def _ptx_windows(self, num_rows: int) -> list[TokenExample]:
-        """The pretraining windows beside `num_rows` responses."""
-        if self.config.ptx_coef == 0:
-            return []
-        return [self.ptx[i] for i in stream_indices(
-            len(self.ptx), derive_seed(self.config.seed, "ptx"), self.num_ptx_windows,
-            round(self.config.ptx_ratio * num_rows))]
-
-    def _policy_gradients(
-        self, batch: PPOBatch, rows: list[int], windows: Sequence[TokenExample],
-        measures_ratio: bool, config: PPOConfig,
-    ) -> tuple[dict[str, float], Tensor | None]:
-        """Gradients of policy loss and pretraining in the same buffers: metrics, clipping scale."""
-        metrics = backward_policy(self.policy, batch, rows, config, measures_ratio=measures_ratio,
-                                  value_head=self.critic.head if self._trains_jointly else None)
-        if config.max_approx_kl is not None and metrics["kl/approx"] > config.max_approx_kl:
-            return metrics, None
-        if windows:
-            metrics["loss/ptx"] = backward_token_loss(
-                self.policy, windows, config.max_tokens_per_microbatch, weight=config.ptx_coef)
-        metrics["grad/policy_norm"], scale = clip_scale(self.policy_optimizer.parameters,
-                                                        config.max_grad_norm)
-        return metrics, scale
-
-    def _minibatches(self, batch_size: int) -> Iterator[list[int]]:
-        """Rows of each minibatch of the iteration, in seeded order, every row once per epoch."""
-        seed = derive_seed(self.config.seed, "minibatches", self.iteration)
-        for epoch in range(self.config.num_inner_epochs):
-            order = epoch_permutation(batch_size, seed, epoch)
-            for begin in range(0, batch_size, self.config.minibatch_size):
-                yield order[begin:begin + self.config.minibatch_size]
-
-    def _step_policy(
-        self, rows: list[int], metrics: dict[str, float], scale: Tensor | None
-    ) -> dict[str, float]:
-        """One step with the gradients that are there; follow with the average."""
-        check_update_finite(self.iteration, rows, metrics)
-        # The policy's warmup begins when the policy does, after the critic's own iterations.
-        learning_rate = self.policy_schedule(
-            self.iteration - self.config.num_critic_warmup_iterations)
-        self.policy_optimizer.step(learning_rate, scale)
-        self.policy_optimizer.zero_grad()
-        self.weights.follow()
-        return {"lr/policy": learning_rate}
-
-    def _step_critic(self, batch: PPOBatch, rows: list[int]) -> dict[str, float]:
-        """One optimiser step of the critic: its own gradient, clip norm and learning rate."""
-        metrics, scale = self.budget.run(
-            partial(self._critic_gradients, batch, rows), self.critic_optimizer,
-            [len(batch.sequences[i]) for i in rows])
-        check_update_finite(self.iteration, rows, metrics)
-        learning_rate = self.critic_schedule(self.iteration)
-        self.critic_optimizer.step(learning_rate, scale)
-        self.critic_optimizer.zero_grad()
-        return metrics | {"lr/critic": learning_rate}
-
-    def _critic_gradients(
-        self, batch: PPOBatch, rows: list[int], config: PPOConfig
-    ) -> tuple[dict[str, float], Tensor | None]:
-        """Gradients of the value loss of a minibatch: metrics, clipping scale."""
-        metrics = backward_critic(self.critic, batch, rows, config)
-        metrics["grad/critic_norm"], scale = clip_scale(self.critic_optimizer.parameters,
-                                                        config.critic_max_grad_norm)
-        return metrics, scale
+                metrics |= self.critic_learner.learn(batch, order, self.iteration)
+        return metrics | self.budget.metrics() | {"update/num_minibatches": float(len(order))}
 
     def _is_evaluation_due(self) -> bool:
         """At every multiple of `eval_steps`, and after the last iteration."""
@@ -459,56 +349,8 @@ class PPOTrainer:
         return steps is not None and (self.iteration % steps == 0 or is_last)
 
     def evaluate(self) -> dict[str, float]:
-        """Answer the held-out prompts with the weights that would be saved; score, log, keep best.
-
-        Prompts and random numbers are the same every time, so samples can be put side by side.
-
-        Returns:
-            `eval/` metrics; empty without held-out prompts.
-        Raises:
-            NumericsError: when a score or a log-prob is not finite.
-        """
-        if not self.eval_prompts:
-            return {}
-        config, phase = self.config, partial(self.residents.phase, "evaluation")
-        with self.weights.for_evaluation(self.residents):
-            with phase("policy", "kv_cache"):
-                self.engine.weights_changed()
-                rollout = self.engine.generate(
-                    [p.token_ids for p in self.eval_prompts], config.sampling,
-                    seed=derive_seed(config.seed, "eval"))
-            ref_logprobs = None
-            if self.reference is not None:
-                with phase("reference"):
-                    ref_logprobs = self._ref_logprobs(self.reference, rollout)
-            with phase("reward_model"):
-                raw_scores = self.scorer(rollout)
-            check_rollout_finite(self.iteration, rollout, scores=raw_scores,
-                                 ref_logprobs=ref_logprobs)
-            metrics = eval_metrics(rollout, ref_logprobs, raw_scores, config)
-            with phase("policy"):
-                if self.eval_ptx:
-                    metrics["eval/ptx_loss"] = evaluate_token_loss(
-                        self.policy, self.eval_ptx, config.max_tokens_per_microbatch)
-                self.weights.offer(self.iteration, metrics["eval/objective"])
-        self.engine.weights_changed()
-        self._log_samples(rollout, raw_scores)
-        return metrics
-
-    def _log_samples(self, rollout: Rollout, raw_scores: Tensor) -> None:
-        """Write the first held-out responses to the run folder; token ids without an encoder."""
-        if self.run is None:
-            return
-        self.run.log_samples(self.iteration, [
-            {
-                "prompt": self.eval_prompts[i].text,
-                "response": " ".join(map(str, rollout.response(i))) if self.encoder is None
-                else decode_response(rollout, i, self.encoder),
-                "score": float(raw_scores[i]),
-                "finish_reason": rollout.finish_reasons[i],
-            }
-            for i in range(min(NUM_LOGGED_SAMPLES, rollout.batch_size))
-        ])
+        """Answer the held-out prompts with the weights that would be saved: `eval/` metrics."""
+        return self.evaluation.run(self.iteration)
 
     def _log(self, metrics: dict[str, float]) -> None:
         """Write metrics every `logging_steps`, at every evaluation and at the end."""

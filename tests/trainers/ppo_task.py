@@ -96,8 +96,8 @@ def catch_gradients(trainer: PPOTrainer) -> list[dict[str, list[Tensor]]]:
     """From now on, copies of all gradients at every optimiser step; weights stay as they are."""
     steps: list[dict[str, list[Tensor]]] = []
     for name, model, optimizer in (
-        ("policy", trainer.policy, trainer.policy_optimizer),
-        ("critic", trainer.critic, trainer.critic_optimizer),
+        ("policy", trainer.policy, trainer.policy_learner.optimizer),
+        ("critic", trainer.critic, trainer.critic_learner.optimizer),
     ):
         def record(learning_rate: float, scale: Tensor | None, name: str = name,
                    model: Any = model) -> None:

@@ -317,7 +317,7 @@ def test_the_engine_is_told_whenever_weights_change(task: SimpleNamespace) -> No
 
     note(trainer.engine, "generate", "generate")
     note(trainer.engine, "weights_changed", "told")
-    note(trainer.policy_optimizer, "step", "changed")
+    note(trainer.policy_learner.optimizer, "step", "changed")
     trainer.step()
     evaluation = ["told", "generate", "told"]  # the average goes in, and out again
     iteration = ["generate", "changed", "changed", "told"]

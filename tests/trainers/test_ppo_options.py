@@ -19,6 +19,7 @@ from fastrl.models.causal_lm import scalar_from_causal
 from fastrl.models.weights import load_causal_lm
 from fastrl.rewards import RewardModelScorer
 from fastrl.trainers.common import num_targets, token_loss
+from fastrl.trainers.ppo_learners import minibatches
 from fastrl.trainers.ppo_trunks import initial_critic
 from fastrl.types import Prompt, Rollout
 
@@ -190,7 +191,8 @@ def test_max_approx_kl_ends_the_update_of_an_iteration(task: SimpleNamespace) ->
     assert task.make_trainer(**settings).step()["update/num_minibatches"] == 4
     trainer = task.make_trainer(max_approx_kl=1e-6, **settings)
     assert trainer.step()["update/num_minibatches"] == 1
-    assert trainer.policy_optimizer.num_steps == 1 and trainer.critic_optimizer.num_steps == 1
+    assert trainer.policy_learner.optimizer.num_steps == 1
+    assert trainer.critic_learner.optimizer.num_steps == 1
 
 
 def test_max_kl_ends_training_and_keeps_the_best_weights(
@@ -222,7 +224,7 @@ def test_the_iteration_that_passes_max_kl_does_not_learn(task: SimpleNamespace) 
 def test_ema_follows_every_optimiser_step(task: SimpleNamespace) -> None:
     trainer = task.make_trainer(ema_decay=0.5, num_inner_epochs=2)
     expected = task.weights_of(trainer.policy)
-    step = trainer.policy_optimizer.step
+    step = trainer.policy_learner.optimizer.step
     count = []
 
     def step_and_average(learning_rate: float, scale: Tensor | None) -> None:
@@ -231,7 +233,7 @@ def test_ema_follows_every_optimiser_step(task: SimpleNamespace) -> None:
         for average, weight in zip(expected, trainer.policy.parameters(), strict=True):
             average.mul_(0.5).add_(weight.detach(), alpha=0.5)
 
-    trainer.policy_optimizer.step = step_and_average
+    trainer.policy_learner.optimizer.step = step_and_average
     trainer.step()
     assert len(count) == 4
     for average, ours in zip(expected, trainer.weights.ema.averages, strict=True):
@@ -318,11 +320,11 @@ def test_keep_best(task: SimpleNamespace, keep_best: bool) -> None:
 
 
 def test_evaluations_are_comparable_and_of_the_size_asked_for(task: SimpleNamespace) -> None:
-    trainer = task.make_trainer(eval_steps=1, num_eval_prompts=4, learning_rate=1e-30,
-                                inputs={"eval_prompts": task.PROMPTS})
     sizes: list[int] = []
-    scorer = trainer.scorer
-    trainer.scorer = lambda rollout: sizes.append(rollout.batch_size) or scorer(rollout)
+    trainer = task.make_trainer(
+        scorer=lambda rollout: sizes.append(rollout.batch_size) or task.score_even(rollout),
+        eval_steps=1, num_eval_prompts=4, learning_rate=1e-30,
+        inputs={"eval_prompts": task.PROMPTS})
     first, second = trainer.step(), trainer.step()
     assert sizes == [4, 8, 4, 8, 4]
     for name in ("eval/reward_score_mean", "eval/response_length_mean"):
@@ -352,7 +354,7 @@ def test_ptx_adds_its_gradient_to_the_same_step(task: SimpleNamespace) -> None:
     _, plain = first_gradients()
     trainer, mixed = first_gradients(ptx_coef=0.7, ptx_ratio=1.25)
     # 1.25 windows for each of the 4 responses of a minibatch are the 5 windows there are.
-    assert trainer.num_ptx_windows == 10
+    assert trainer.policy_learner.num_ptx_windows == 10
     trainer.policy.zero_grad()
     (0.7 * token_loss(trainer.policy, task.PTX, num_targets(task.PTX))).backward()
     for parameter, a, b in zip(trainer.policy.parameters(), plain, mixed, strict=True):
@@ -431,7 +433,7 @@ def test_num_samples_per_prompt(task: SimpleNamespace) -> None:
 
 def test_minibatches_of_inner_epochs_cover_every_response(task: SimpleNamespace) -> None:
     trainer = task.make_trainer(num_inner_epochs=2)
-    rows = list(trainer._minibatches(8))
+    rows = list(minibatches(trainer.config, 8, 0))
     assert sorted(rows[0] + rows[1]) == list(range(8)) == sorted(rows[2] + rows[3])
     assert rows[0] + rows[1] != rows[2] + rows[3]
 

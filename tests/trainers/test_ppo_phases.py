@@ -17,6 +17,7 @@ from fastrl.parsing import parse_config
 from fastrl.rewards import RewardModelScorer
 from fastrl.trainers.common import packed_forward
 from fastrl.trainers.ppo import PPOTrainer
+from fastrl.trainers.ppo_learners import minibatches
 from fastrl.trainers.ppo_update import PPOBatch, mean_by_name
 
 IN_TURNS: dict[str, dict[str, Any]] = {
@@ -30,20 +31,21 @@ def update_in_turns(trainer: PPOTrainer, batch: PPOBatch) -> dict[str, float]:
     """For each minibatch a step of the policy, then one of the critic."""
     done: list[dict[str, float]] = []
     num_steps = 0
-    for number, rows in enumerate(trainer._minibatches(batch.rollout.batch_size)):
+    policy, critic, iteration = trainer.policy_learner, trainer.critic_learner, trainer.iteration
+    order = minibatches(trainer.config, batch.rollout.batch_size, iteration)
+    for number, rows in enumerate(order):
         metrics: dict[str, float] = {}
         if trainer._trains_policy:
-            windows = trainer._ptx_windows(len(rows))
-            metrics, scale = trainer._policy_gradients(batch, rows, windows, number == 0,
-                                                       trainer.config)
+            windows = policy.ptx_windows(len(rows))
+            metrics, scale = policy.gradients(batch, rows, windows, number == 0, trainer.config)
             limit = trainer.config.max_approx_kl
             if limit is not None and metrics["kl/approx"] > limit:
-                trainer.policy_optimizer.zero_grad()
+                policy.optimizer.zero_grad()
                 done.append({"kl/approx": metrics["kl/approx"]})
                 break
-            trainer.num_ptx_windows += len(windows)
-            metrics |= trainer._step_policy(rows, metrics, scale)
-        metrics |= trainer._step_critic(batch, rows)
+            policy.num_ptx_windows += len(windows)
+            metrics |= policy.step(rows, metrics, scale, iteration)
+        metrics |= critic.step(batch, rows, iteration)
         done.append(metrics)
         num_steps += 1
     return mean_by_name(done) | trainer.budget.metrics() | {
@@ -65,8 +67,8 @@ def test_policy_first_then_critic_equals_steps_in_turns(
         history = [{name: value for name, value in trainer.step().items()
                     if not is_timing(name)} for _ in range(3)]
         return history, [*task.weights_of(trainer.policy), *task.weights_of(trainer.critic),
-                         *trainer.policy_optimizer.state_dict().values(),
-                         *trainer.critic_optimizer.state_dict().values()]
+                         *trainer.policy_learner.optimizer.state_dict().values(),
+                         *trainer.critic_learner.optimizer.state_dict().values()]
 
     history, tensors = run(in_turns=False)
     expected_history, expected_tensors = run(in_turns=True)
@@ -81,7 +83,7 @@ def test_the_critic_learns_after_the_policy(task: SimpleNamespace) -> None:
     trainer = task.make_trainer()
     events = []
     for name in ("policy", "critic"):
-        optimizer = getattr(trainer, f"{name}_optimizer")
+        optimizer = getattr(trainer, f"{name}_learner").optimizer
 
         def step(*arguments: Any, name: str = name, call: Any = optimizer.step) -> None:
             events.append(name)
@@ -132,8 +134,8 @@ def test_parking_changes_no_number(task: SimpleNamespace, variant: str) -> None:
         trainer.residents.fetch_all()
         tensors = [*task.weights_of(trainer.policy), *task.weights_of(trainer.critic),
                    *task.weights_of(trainer.reference), *trainer.weights.averages(),
-                   *trainer.policy_optimizer.state_dict().values(),
-                   *trainer.critic_optimizer.state_dict().values()]
+                   *trainer.policy_learner.optimizer.state_dict().values(),
+                   *trainer.critic_learner.optimizer.state_dict().values()]
         return history, reason, tensors, num_parked
 
     history, reason, tensors, num_parked = run("on")
@@ -190,7 +192,7 @@ def test_a_parked_model_says_so(task: SimpleNamespace) -> None:
     with pytest.raises(ConfigError, match="ScalarModel: expected weights in memory"):
         packed_forward(trainer.critic, example)
     with pytest.raises(ConfigError, match="AdamW: expected weights in memory"):
-        trainer.policy_optimizer.step(1e-3)
+        trainer.policy_learner.optimizer.step(1e-3)
     with trainer.residents.phase("scoring", "critic"):
         assert packed_forward(trainer.critic, example)[0].isfinite().all()
 

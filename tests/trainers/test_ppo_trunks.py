@@ -60,10 +60,11 @@ def test_the_trunk_is_in_memory_once(task: SimpleNamespace, trunk: str) -> None:
     assert bytes_of(own.critic, own.scorer.model) == 2 * bytes_of(own.critic)
     # And the optimisers hold what is trained, once.
     trained = len(list(trainer.policy.parameters())) + (trunk == "policy")
-    assert len(trainer.policy_optimizer.parameters) == trained
-    assert [p is trainer.critic.head.weight for p in trainer.critic_optimizer.parameters] == [True]
+    assert len(trainer.policy_learner.optimizer.parameters) == trained
+    assert [p is trainer.critic.head.weight
+            for p in trainer.critic_learner.optimizer.parameters] == [True]
     assert critic_weights(trainer.config, trainer.critic) == [trainer.critic.head.weight]
-    assert len(own.critic_optimizer.parameters) == len(list(own.critic.parameters()))
+    assert len(own.critic_learner.optimizer.parameters) == len(list(own.critic.parameters()))
 
 
 def test_values_scores_and_states_come_from_one_pass(task: SimpleNamespace) -> None:
@@ -156,15 +157,16 @@ def test_the_joint_gradient_is_that_of_the_sum_of_both_losses(
     trainer.critic.head.double()
     with torch.no_grad():  # away from the sampling weights, so that ratios and clips are in play
         generator = torch.Generator().manual_seed(0)
-        for p in trainer.policy_optimizer.parameters:
+        for p in trainer.policy_learner.optimizer.parameters:
             p.add_(0.05 * torch.randn(p.shape, generator=generator).double())
     rows = [5, 2, 7, 0]
     loss_by_hand(trainer, batch, rows).backward()
-    expected = [p.grad.clone() for p in trainer.policy_optimizer.parameters]
-    trainer.policy_optimizer.zero_grad()
+    expected = [p.grad.clone() for p in trainer.policy_learner.optimizer.parameters]
+    trainer.policy_learner.optimizer.zero_grad()
     backward_policy(trainer.policy, batch, rows, trainer.config, value_head=trainer.critic.head)
     assert (float(expected[-1].norm()) > 1e-3) == (value_coef > 0)  # the head's
-    for parameter, gradient in zip(trainer.policy_optimizer.parameters, expected, strict=True):
+    parameters = trainer.policy_learner.optimizer.parameters
+    for parameter, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6, atol=1e-9)
 
 
@@ -190,10 +192,11 @@ def test_one_step_trains_policy_and_head_with_one_rate_and_one_norm(task: Simple
     taken = []
 
     def step(learning_rate: float, scale: Tensor) -> None:
-        norm = torch.stack([(scale * p.grad).norm() for p in trainer.policy_optimizer.parameters])
+        norm = torch.stack([(scale * p.grad).norm()
+                            for p in trainer.policy_learner.optimizer.parameters])
         taken.append((learning_rate, float(norm.norm()), float(norm[-1])))
 
-    trainer.policy_optimizer.step = step
+    trainer.policy_learner.optimizer.step = step
     metrics = trainer.step()
     assert len(taken) == 2 and all(rate == 1e-3 for rate, _, _ in taken)
     assert all(norm == pytest.approx(1e-3, rel=1e-3) and 0 < head < norm
@@ -212,10 +215,10 @@ def test_value_loss_reaches_the_shared_trunk(task: SimpleNamespace) -> None:
         batch = task.catch_batch(trainer)
         batch.advantages.zero_()
         before = task.weights_of(trainer.policy.backbone)
-        trainer.policy_optimizer.zero_grad()
+        trainer.policy_learner.optimizer.zero_grad()
         backward_policy(trainer.policy, batch, [0, 1, 2, 3], trainer.config,
                         value_head=trainer.critic.head)
-        trainer.policy_optimizer.step(1e-2)
+        trainer.policy_learner.optimizer.step(1e-2)
         return not task.equal(before, task.weights_of(trainer.policy.backbone))
 
     assert moved(1.0) and not moved(0.0)
@@ -245,7 +248,7 @@ def test_critic_warmup_trains_the_head_alone(task: SimpleNamespace) -> None:
 def test_an_iteration_that_ends_early_leaves_no_gradient(task: SimpleNamespace) -> None:
     trainer = make(task, "policy", max_approx_kl=1e-6, learning_rate=1e-2, num_inner_epochs=2)
     assert trainer.step()["update/num_minibatches"] == 1
-    assert all(p.grad is None for p in trainer.policy_optimizer.parameters)
+    assert all(p.grad is None for p in trainer.policy_learner.optimizer.parameters)
 
 
 @pytest.mark.parametrize("trunk", TRUNKS)

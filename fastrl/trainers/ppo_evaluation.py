@@ -1,0 +1,95 @@
+"""Held-out prompts answered with the weights that would be saved: score, log, keep the best."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from fastrl.config import PPOConfig
+from fastrl.engine import Engine
+from fastrl.memory.residents import Residents
+from fastrl.metrics import RunFolder
+from fastrl.models.causal_lm import CausalLM
+from fastrl.rewards import Scorer, TextDecoder, decode_response
+from fastrl.trainers.common import derive_seed, evaluate_token_loss
+from fastrl.trainers.old_logprobs import update_logprobs
+from fastrl.trainers.ppo_checks import check_rollout_finite
+from fastrl.trainers.ppo_update import eval_metrics
+from fastrl.trainers.ppo_weights import KeptWeights
+from fastrl.types import Prompt, Rollout, TokenExample
+
+NUM_LOGGED_SAMPLES = 4
+"""Held-out prompts whose responses are written out at every evaluation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What an evaluation reads; `run` does it.
+
+    Prompts and random numbers are the same every time, so samples can be put side by side.
+    """
+
+    config: PPOConfig
+    engine: Engine
+    """Over `policy`."""
+    policy: CausalLM
+    reference: CausalLM | None
+    scorer: Scorer
+    weights: KeptWeights
+    """Says which weights are judged, and keeps the best."""
+    residents: Residents
+    prompts: Sequence[Prompt]
+    ptx: Sequence[TokenExample]
+    """Held-out windows of pretraining text."""
+    folder: RunFolder | None
+    encoder: TextDecoder | None
+
+    def run(self, iteration: int) -> dict[str, float]:
+        """Answer, score, log and keep.
+
+        Returns:
+            `eval/` metrics; empty without held-out prompts.
+        Raises:
+            NumericsError: when a score or a log-prob is not finite.
+        """
+        if not self.prompts:
+            return {}
+        config, phase = self.config, partial(self.residents.phase, "evaluation")
+        with self.weights.for_evaluation(self.residents):
+            with phase("policy", "kv_cache"):
+                self.engine.weights_changed()
+                rollout = self.engine.generate(
+                    [p.token_ids for p in self.prompts], config.sampling,
+                    seed=derive_seed(config.seed, "eval"))
+            ref_logprobs = None
+            if self.reference is not None:
+                with phase("reference"):
+                    ref_logprobs = update_logprobs(self.reference, rollout, config)
+            with phase("reward_model"):
+                raw_scores = self.scorer(rollout)
+            check_rollout_finite(iteration, rollout, scores=raw_scores, ref_logprobs=ref_logprobs)
+            metrics = eval_metrics(rollout, ref_logprobs, raw_scores, config)
+            with phase("policy"):
+                if self.ptx:
+                    metrics["eval/ptx_loss"] = evaluate_token_loss(
+                        self.policy, self.ptx, config.max_tokens_per_microbatch)
+                self.weights.offer(iteration, metrics["eval/objective"])
+        self.engine.weights_changed()
+        self._log_samples(iteration, rollout, raw_scores)
+        return metrics
+
+    def _log_samples(self, iteration: int, rollout: Rollout, raw_scores: Tensor) -> None:
+        """Write the first responses to the run folder; token ids without an encoder."""
+        if self.folder is None:
+            return
+        self.folder.log_samples(iteration, [
+            {
+                "prompt": self.prompts[i].text,
+                "response": " ".join(map(str, rollout.response(i))) if self.encoder is None
+                else decode_response(rollout, i, self.encoder),
+                "score": float(raw_scores[i]),
+                "finish_reason": rollout.finish_reasons[i],
+            }
+            for i in range(min(NUM_LOGGED_SAMPLES, rollout.batch_size))
+        ])
