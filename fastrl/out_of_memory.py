@@ -8,7 +8,6 @@ from typing import TypeVar
 import torch
 
 from fastrl.errors import DeviceMemoryError
-from fastrl.packing import split_by_tokens
 
 logger = logging.getLogger("fastrl")
 
@@ -29,7 +28,7 @@ def call_again(call: Callable[[], Result], what: str) -> Result:
 
     Args:
         call: Changes nothing before it has all memory that it needs.
-        what: It does, for messages.
+        what: It does, with its sizes, for messages.
     Raises:
         DeviceMemoryError: when memory ends twice.
     """
@@ -44,60 +43,70 @@ def call_again(call: Callable[[], Result], what: str) -> Result:
                     f"{what}: expected memory for its temporaries, got none, twice in turn; free "
                     "memory on the device, or make batches or the model smaller") from error
         # Outside the handler: its traceback holds on to what the call has made.
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            gc.collect()
-            torch.cuda.empty_cache()
+        _empty_caches()
         logger.warning("%s: no memory; repeated, results are the same", what)
     raise AssertionError("not reached")
 
 
-def run_in_passes(
-    lengths: Sequence[int], max_tokens: int, run: Callable[[list[int]], None], what: str,
-    prompts: Sequence[Sequence[int]] | None = None,
-) -> None:
-    """`run` every row, as many at a time as `max_tokens` allow and as there is memory for.
-
-    Where memory ends, the pass that failed is repeated with half of its tokens, and so are those
-    after it.
+class PassBudget:
+    """Tokens of one pass; where memory ends, half as many from then on.
 
     Args:
-        lengths: Tokens of each row.
-        max_tokens: Tokens of a pass; a longer row gets one of its own.
-        run: Given row numbers; changes nothing that a repetition does not make good.
-        what: Of what the rows are, for messages.
-        prompts: See `split_by_tokens`.
-    Raises:
-        DeviceMemoryError: when there is no memory for a single row, twice in turn.
+        max_tokens: What it begins with; a longer row gets a pass of its own.
     """
-    left, num_failures = list(range(len(lengths))), 0
-    while left:
-        done: set[int] = set()
-        rows: list[int] = []
-        try:
-            for group in split_by_tokens([lengths[i] for i in left], max_tokens,
-                                         None if prompts is None else [prompts[i] for i in left]):
-                rows = [left[place] for place in group]
-                run(rows)
-                done.update(rows)
-                num_failures = 0
-            return
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            num_failures += 1
-            if len(rows) == 1 and num_failures > 1:
-                raise too_long(what, lengths[rows[0]]) from error
-        # Outside the handler: its traceback holds on to what the pass has made.
-        left = [i for i in left if i not in done]
-        if len(rows) > 1:
-            max_tokens = max(1, min(max_tokens, sum(lengths[i] for i in rows)) // 2)
-            logger.warning("%s: no memory for a pass; going on with passes of %d tokens, results "
-                           "are the same", what, max_tokens)
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+
+    @staticmethod
+    def of(max_tokens: "int | PassBudget") -> "PassBudget":
+        """A caller's budget, which remembers what was too much, or a new one."""
+        return max_tokens if isinstance(max_tokens, PassBudget) else PassBudget(max_tokens)
+
+    def run(
+        self, attempt: Callable[[int], Result], lengths: Sequence[int], what: str,
+        undo: Callable[[], None] | None = None,
+    ) -> Result:
+        """What `attempt` returns; where memory ends it begins anew with half of the tokens.
+
+        Args:
+            attempt: Given the tokens of a pass, on which its result does not depend beyond
+                rounding. It changes nothing that `undo` does not take back.
+            lengths: Tokens of each row, in passes of its own or with others.
+            what: It does, for messages.
+            undo: Called before every attempt but the first, and before an error.
+        Raises:
+            DeviceMemoryError: when there is no memory for a row alone, twice in turn.
+        """
+        num_failures_alone = 0
+        while True:
+            try:
+                return attempt(self.max_tokens)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                is_alone = len(lengths) <= 1 or self.max_tokens < min(lengths)
+                num_failures_alone += is_alone
+                if num_failures_alone > 1:
+                    if undo is not None:
+                        undo()
+                    raise DeviceMemoryError(
+                        f"{what}: expected memory for at least one sequence at a time, got none "
+                        f"for {len(lengths)} of up to {max(lengths, default=0)} tokens; lower the "
+                        "length limits (max_seq_tokens, max_prompt_tokens, max_new_tokens), set "
+                        "activation_checkpointing, or use a smaller model") from error
+            # Outside the handler: its traceback holds on to what the attempt has made.
+            if undo is not None:
+                undo()
+            _empty_caches()
+            if not is_alone:
+                self.max_tokens = max(1, min(self.max_tokens, sum(lengths)) // 2)
+                logger.warning("%s: no memory for a pass; repeated with passes of %d tokens, which "
+                               "stays; results are the same", what, self.max_tokens)
 
 
-def too_long(what: str, num_tokens: int) -> DeviceMemoryError:
-    """The error for a row that does not fit even alone."""
-    return DeviceMemoryError(
-        f"{what}: expected memory for at least one sequence at a time, got none for one of "
-        f"{num_tokens} tokens; lower the length limits (max_seq_tokens, max_prompt_tokens, "
-        f"max_new_tokens), set activation_checkpointing, or use a smaller model")
+def _empty_caches() -> None:
+    """Memory that nothing uses goes back to the device."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        gc.collect()
+        torch.cuda.empty_cache()

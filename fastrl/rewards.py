@@ -18,6 +18,7 @@ from torch import Tensor
 from fastrl.errors import ConfigError, NumericsError, RewardError, ShapeError
 from fastrl.models.causal_lm import ScalarModel
 from fastrl.models.scoring import response_scores
+from fastrl.out_of_memory import PassBudget
 from fastrl.types import Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class RewardModelScorer:
 
     Args:
         model: Reward model; put into eval mode and frozen, since no one trains it from here on.
-        max_tokens: Token budget of one forward pass; never changes the result.
+        max_tokens: Token budget of one forward pass; never changes the result. Less from then on
+            where memory ended in one.
         share_prefix: Encode the prompt of several responses once.
     """
 
@@ -55,11 +57,11 @@ class RewardModelScorer:
         self, model: ScalarModel, max_tokens: int = 8192, *, share_prefix: bool = True
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.max_tokens, self.share_prefix = max_tokens, share_prefix
+        self.passes, self.share_prefix = PassBudget(max_tokens), share_prefix
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """Score [B] float32 of every response."""
-        return response_scores(self.model, rollout, self.max_tokens,
+        return response_scores(self.model, rollout, self.passes,
                                share_prefix=self.share_prefix).float()
 
 

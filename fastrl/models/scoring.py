@@ -1,12 +1,15 @@
 """Passes without gradient over finished responses: log-probs, values and scores.
 
 Microbatches are filled to a budget of tokens; what comes out does not depend on the budget beyond
-rounding. B sequences, T response tokens, N packed tokens.
+rounding. Where memory ends all passes begin anew with half of the budget, and a caller that gives a
+`PassBudget` keeps the lower one. B sequences, T response tokens, N packed tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +19,11 @@ from fastrl.models.attention import PackedAttention
 from fastrl.models.causal_lm import CausalLM, ScalarModel
 from fastrl.models.heads import ScalarHead
 from fastrl.ops import linear_logprobs
-from fastrl.out_of_memory import run_in_passes
-from fastrl.packing import PackedBatch, pack_sequences, predict_rows
+from fastrl.out_of_memory import PassBudget
+from fastrl.packing import PackedBatch, pack_sequences, predict_rows, split_by_tokens
 from fastrl.types import Rollout
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -41,21 +46,17 @@ def _run_passes(
 ) -> None:
     """Give `take` each microbatch: which sequences, how they are packed, the model's output.
 
-    Prompts that are shared stand beside each other, so sequences may come in another order. Where
-    memory ends, microbatches become smaller and a sequence may come again.
+    Prompts that are shared stand beside each other, so sequences may come in another order.
     """
     device = next(model.parameters()).device
     prompts = None
     if prompt_lens is not None and share_prefix:
         prompts = [s[:length] for s, length in zip(sequences, prompt_lens, strict=True)]
-
-    def run(rows: list[int]) -> None:
+    for rows in split_by_tokens([len(s) for s in sequences], max_tokens, prompts):
         batch = pack_sequences(
             [sequences[i] for i in rows], device, share_prefix=share_prefix,
             prompt_lens=None if prompt_lens is None else [prompt_lens[i] for i in rows])
         take(rows, batch, model(batch.token_ids, batch.positions, PackedAttention.of(batch)))
-
-    run_in_passes([len(s) for s in sequences], max_tokens, run, "scoring", prompts)
 
 
 def _responses(
@@ -90,8 +91,18 @@ def _sequences(rollout: Rollout) -> list[list[int]]:
     return [rollout.sequence(i) for i in range(rollout.batch_size)]
 
 
+def _score(
+    attempt: Callable[[torch.device, int], Result], model: nn.Module,
+    sequences: Sequence[Sequence[int]], max_tokens: int | PassBudget,
+) -> Result:
+    """What `attempt` reads with a model, given its device and the tokens of a pass."""
+    with inference(model) as device:
+        return PassBudget.of(max_tokens).run(
+            partial(attempt, device), [len(s) for s in sequences], "scoring")
+
+
 def response_logprobs(
-    model: CausalLM, rollout: Rollout, temperature: float, max_tokens: int, *,
+    model: CausalLM, rollout: Rollout, temperature: float, max_tokens: int | PassBudget, *,
     share_prefix: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the responses' tokens, and the entropy at each of them.
@@ -105,7 +116,7 @@ def response_logprobs(
     Returns:
         logprobs, entropy: [B, T] float32 each on the model's device, 0 where masked. No gradient.
     """
-    with inference(model) as device:
+    def attempt(device: torch.device, max_tokens: int) -> tuple[Tensor, Tensor]:
         logprobs = torch.zeros(rollout.response_mask.shape, device=device)
         entropy = torch.zeros_like(logprobs)
 
@@ -115,11 +126,13 @@ def response_logprobs(
             logprobs[where], entropy[where] = taken.float(), spread.float()
 
         _run_response_passes(model, rollout, max_tokens, share_prefix, take)
-    return logprobs, entropy
+        return logprobs, entropy
+
+    return _score(attempt, model, _sequences(rollout), max_tokens)
 
 
 def response_values(
-    model: ScalarModel, rollout: Rollout, max_tokens: int, *, share_prefix: bool = True
+    model: ScalarModel, rollout: Rollout, max_tokens: int | PassBudget, *, share_prefix: bool = True
 ) -> Tensor:
     """Values of the states before each response token.
 
@@ -132,14 +145,16 @@ def response_values(
         [B, T] float32 on the model's device; `[:, t]` is read at the token before response token
         t; 0 where masked. No gradient.
     """
-    with inference(model) as device:
+    def attempt(device: torch.device, max_tokens: int) -> Tensor:
         values = torch.zeros(rollout.response_mask.shape, device=device)
 
         def take(where: tuple[Tensor, Tensor], _: Tensor, output: Tensor) -> None:
             values[where] = output.float()
 
         _run_response_passes(model, rollout, max_tokens, share_prefix, take)
-    return values
+        return values
+
+    return _score(attempt, model, _sequences(rollout), max_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +170,7 @@ class TrunkReading:
 
 
 def read_trunk(
-    trunk: nn.Module, rollout: Rollout, max_tokens: int, *, value_head: ScalarHead,
+    trunk: nn.Module, rollout: Rollout, max_tokens: int | PassBudget, *, value_head: ScalarHead,
     score_head: ScalarHead | None = None, keeps_states: bool = False, share_prefix: bool = True,
 ) -> TrunkReading:
     """Values, and where asked for scores and hidden states, from one pass over the responses.
@@ -171,7 +186,9 @@ def read_trunk(
     Returns:
         No gradient anywhere.
     """
-    with inference(trunk) as device:
+    sequences = _sequences(rollout)
+
+    def attempt(device: torch.device, max_tokens: int) -> TrunkReading:
         values = torch.zeros(rollout.response_mask.shape, device=device)
         scores = torch.zeros(rollout.batch_size, device=device)
         states, lengths = dict[int, Tensor](), rollout.response_lens.tolist()
@@ -186,14 +203,15 @@ def read_trunk(
                 states.update(zip(group, torch.split(read, [lengths[i] for i in group]),
                                   strict=True))
 
-        _run_passes(trunk, _sequences(rollout), rollout.prompt_lens.tolist(), max_tokens,
-                    share_prefix, take)
-    return TrunkReading(values, None if score_head is None else scores,
-                        [states[i] for i in range(len(lengths))] if keeps_states else None)
+        _run_passes(trunk, sequences, rollout.prompt_lens.tolist(), max_tokens, share_prefix, take)
+        return TrunkReading(values, None if score_head is None else scores,
+                            [states[i] for i in range(len(lengths))] if keeps_states else None)
+
+    return _score(attempt, trunk, sequences, max_tokens)
 
 
 def response_scores(
-    model: ScalarModel, rollout: Rollout, max_tokens: int, *, share_prefix: bool = True
+    model: ScalarModel, rollout: Rollout, max_tokens: int | PassBudget, *, share_prefix: bool = True
 ) -> Tensor:
     """[B] float32: the scalar at the last token of each prompt + response. No gradient.
 
@@ -208,7 +226,7 @@ def response_scores(
 
 
 def sequence_scores(
-    model: ScalarModel, sequences: Sequence[Sequence[int]], max_tokens: int,
+    model: ScalarModel, sequences: Sequence[Sequence[int]], max_tokens: int | PassBudget,
     prompt_lens: Sequence[int] | None = None, *, share_prefix: bool = True,
 ) -> Tensor:
     """[B] float32: the scalar at the last token of each sequence. No gradient.
@@ -220,7 +238,7 @@ def sequence_scores(
         prompt_lens: Tokens of each one's prompt; None: no prompt is known, so none is shared.
         share_prefix: Encode the prompt of several sequences once.
     """
-    with inference(model) as device:
+    def attempt(device: torch.device, max_tokens: int) -> Tensor:
         scores = torch.zeros(len(sequences), device=device)
 
         def take(rows: list[int], batch: PackedBatch, output: Tensor) -> None:
@@ -228,3 +246,5 @@ def sequence_scores(
 
         _run_passes(model, sequences, prompt_lens, max_tokens, share_prefix, take)
         return scores
+
+    return _score(attempt, model, sequences, max_tokens)

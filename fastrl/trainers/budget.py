@@ -1,6 +1,5 @@
 """The token budget of a run's microbatches, halved where memory ends."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Generic, TypeVar
@@ -9,10 +8,8 @@ from torch import Tensor
 
 from fastrl.config import TrainConfig
 from fastrl.optim import AdamW, clip_scale
-from fastrl.out_of_memory import is_out_of_memory, too_long
+from fastrl.out_of_memory import PassBudget
 from fastrl.trainers.common import check_finite
-
-logger = logging.getLogger("fastrl")
 
 Config = TypeVar("Config", bound=TrainConfig)
 Result = TypeVar("Result")
@@ -28,6 +25,7 @@ class TokenBudget(Generic[Config]):
     def __init__(self, config: Config) -> None:
         self.config = config
         """The run's settings with the budget as it is now."""
+        self._passes = PassBudget(config.max_tokens_per_microbatch)
 
     def run(
         self, attempt: Callable[[Config], Result], optimizer: AdamW, lengths: Sequence[int]
@@ -44,26 +42,12 @@ class TokenBudget(Generic[Config]):
         Raises:
             DeviceMemoryError: when there is no memory for a row alone, twice in turn.
         """
-        num_failures_alone = 0
-        while True:
-            try:
-                return attempt(self.config)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                tokens = self.config.max_tokens_per_microbatch
-                is_alone = len(lengths) == 1 or tokens < min(lengths)
-                num_failures_alone += is_alone
-                if num_failures_alone > 1:
-                    raise too_long("update", max(lengths)) from error
-            # Outside the handler: its traceback holds on to what the attempt has made.
-            optimizer.zero_grad()
-            if not is_alone:
-                tokens = max(1, min(tokens, sum(lengths)) // 2)
-                self.config = replace(self.config, max_tokens_per_microbatch=tokens)
-                logger.warning("update: no memory for a microbatch; the minibatch is repeated with "
-                               "max_tokens_per_microbatch %d, which stays; gradients are the same",
-                               tokens)
+        def attempt_with(max_tokens: int) -> Result:
+            self.config = replace(self.config, max_tokens_per_microbatch=max_tokens)
+            return attempt(self.config)
+
+        optimizer.zero_grad()
+        return self._passes.run(attempt_with, lengths, "update", optimizer.zero_grad)
 
     def step(
         self, number: int, backward: Callable[[Config], dict[str, float]], optimizer: AdamW,
@@ -85,7 +69,6 @@ class TokenBudget(Generic[Config]):
             metrics["grad/norm"], scale = clip_scale(optimizer.parameters, config.max_grad_norm)
             return metrics, scale
 
-        optimizer.zero_grad()
         metrics, scale = self.run(attempt, optimizer, lengths)
         check_finite(number, metrics)
         optimizer.step(learning_rate, scale)

@@ -16,7 +16,7 @@ from fastrl.errors import ConfigError, DataError, NumericsError
 from fastrl.models.attention import PackedAttention
 from fastrl.models.causal_lm import CausalLM, ScalarModel
 from fastrl.ops import linear_cross_entropy
-from fastrl.out_of_memory import run_in_passes
+from fastrl.out_of_memory import PassBudget
 from fastrl.packing import PackedBatch, pack_sequences, predict_rows, split_by_tokens
 from fastrl.types import TokenExample
 
@@ -229,18 +229,17 @@ def backward_token_loss(
 
 @torch.no_grad()
 def evaluate_token_loss(
-    model: CausalLM, examples: Sequence[TokenExample], max_tokens: int
+    model: CausalLM, examples: Sequence[TokenExample], max_tokens: int | PassBudget
 ) -> float:
     """Token-mean loss of held-out examples, in eval mode; nats per token."""
-    count = num_targets(examples)
-    shares: list[float] = []
+    count, lengths = num_targets(examples), [len(e.token_ids) for e in examples]
 
-    def run(rows: list[int]) -> None:
-        shares.append(float(token_loss(model, [examples[i] for i in rows], count)))
+    def attempt(max_tokens: int) -> float:
+        return math.fsum(float(token_loss(model, [examples[i] for i in rows], count))
+                         for rows in split_by_tokens(lengths, max_tokens))
 
     with mode(model, train=False):
-        run_in_passes([len(e.token_ids) for e in examples], max_tokens, run, "held-out loss")
-    return math.fsum(shares)
+        return PassBudget.of(max_tokens).run(attempt, lengths, "held-out loss")
 
 
 def check_finite(step: int, metrics: Mapping[str, float]) -> None:

@@ -24,7 +24,8 @@ from fastrl.memory.stages import plan_dpo
 from fastrl.metrics import PhaseTimer, RunFolder, peak_memory_gib
 from fastrl.models.causal_lm import CausalLM
 from fastrl.optim import AdamW, Schedule
-from fastrl.out_of_memory import run_in_passes
+from fastrl.out_of_memory import PassBudget
+from fastrl.packing import split_by_tokens
 from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import (
     Progress,
@@ -104,6 +105,7 @@ class DPOTrainer:
         self.memory = MemoryWatch(plan, policy.lm_head.weight.device,
                                   (p for model in models for p in model.parameters()), run)
         self.config = config = fitted(config, plan, device.type)
+        self.passes = PassBudget(config.max_tokens_per_microbatch)
         self.examples = self._with_reference(models[-1], fitting)
         self.eval = self._with_reference(models[-1], held_out)
         self.steps_per_epoch = -(-len(fitting) // config.batch_size)
@@ -120,18 +122,19 @@ class DPOTrainer:
         """Rankings with the log-probs of the reference, from one forward pass over each."""
         if self.config.reference == "none":
             return [DPOExample(c, (0.0,) * len(c.completions)) for c in comparisons]
-        examples: list[DPOExample] = []
+        lengths = group_lengths(comparisons, self.config.share_prefix)
 
-        def run(rows: list[int]) -> None:
-            group = [comparisons[i] for i in rows]
-            logprobs = iter(self._logprobs(reference, group).tolist())
-            examples.extend(DPOExample(c, tuple(next(logprobs) for _ in c.completions))
-                            for c in group)
+        def attempt(max_tokens: int) -> list[DPOExample]:
+            examples: list[DPOExample] = []
+            for rows in split_by_tokens(lengths, max_tokens):
+                group = [comparisons[i] for i in rows]
+                logprobs = iter(self._logprobs(reference, group).tolist())
+                examples.extend(DPOExample(c, tuple(next(logprobs) for _ in c.completions))
+                                for c in group)
+            return examples
 
         with self.memory.phase("scoring"), mode(reference, train=False), torch.no_grad():
-            run_in_passes(group_lengths(comparisons, self.config.share_prefix),
-                          self.config.max_tokens_per_microbatch, run, "reference log-probs")
-        return examples
+            return self.passes.run(attempt, lengths, "reference log-probs")
 
     def _logprobs(self, model: CausalLM, comparisons: Sequence[Comparison]) -> Tensor:
         return completion_logprobs(model, comparisons, is_mean=self.config.loss_type == "ipo",
@@ -204,15 +207,14 @@ class DPOTrainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The metrics of the held-out rankings under names of their own; empty without any."""
-        parts: list[dict[str, float]] = []
+        lengths = group_lengths([e.comparison for e in self.eval], self.config.share_prefix)
 
-        def run(rows: list[int]) -> None:
-            parts.append(self._loss([self.eval[i] for i in rows], len(self.eval))[1])
+        def attempt(max_tokens: int) -> list[dict[str, float]]:
+            return [self._loss([self.eval[i] for i in rows], len(self.eval))[1]
+                    for rows in split_by_tokens(lengths, max_tokens)]
 
         with mode(self.policy, train=False):
-            run_in_passes(
-                group_lengths([e.comparison for e in self.eval], self.config.share_prefix),
-                self.config.max_tokens_per_microbatch, run, "held-out loss")
+            parts = self.passes.run(attempt, lengths, "held-out loss")
         return {f"{name}_eval": value for name, value in _sum_by_name(parts).items()}
 
     def _loss(

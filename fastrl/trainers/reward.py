@@ -24,6 +24,7 @@ from fastrl.models.causal_lm import ScalarModel
 from fastrl.models.scoring import sequence_scores
 from fastrl.ops import RankingStats, ranking_loss
 from fastrl.optim import AdamW, Schedule
+from fastrl.out_of_memory import PassBudget
 from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import (
     Progress,
@@ -97,6 +98,7 @@ class RewardTrainer:
         self.config = fitted(config, plan, device.type)
         prepare_backbone(model, config)
         self.budget = TokenBudget(self.config)
+        self.passes = PassBudget(self.config.max_tokens_per_microbatch)
         self.schedule = Schedule.from_config(config, self.num_steps)
         self.optimizer = AdamW.from_config(model.parameters(), config)
         self.num_finished = 0
@@ -201,8 +203,8 @@ class RewardTrainer:
         self, sequences: Sequence[Sequence[int]], prompt_lens: Sequence[int] | None = None
     ) -> Tensor:
         """[B] scores, no gradient."""
-        return sequence_scores(self.model, sequences, self.config.max_tokens_per_microbatch,
-                               prompt_lens, share_prefix=self.config.share_prefix)
+        return sequence_scores(self.model, sequences, self.passes, prompt_lens,
+                               share_prefix=self.config.share_prefix)
 
 
 def backward_ranking_loss(

@@ -26,6 +26,7 @@ from fastrl.metrics import PhaseTimer, RunFolder, peak_memory_gib, write_atomic
 from fastrl.models.causal_lm import CausalLM
 from fastrl.models.weights import load_causal_lm, save_causal_lm
 from fastrl.optim import AdamW, Schedule
+from fastrl.out_of_memory import PassBudget
 from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import (
     Progress,
@@ -107,6 +108,7 @@ class SFTTrainer:
         self.config = fitted(config, plan, device.type)
         prepare_backbone(model, config)
         self.budget = TokenBudget(self.config)
+        self.passes = PassBudget(self.config.max_tokens_per_microbatch)
         self.schedule = Schedule.from_config(config, self.num_steps)
         self.optimizer = AdamW.from_config(model.parameters(), config)
         self.num_finished = self._num_examples = self._num_windows = 0
@@ -193,7 +195,7 @@ class SFTTrainer:
         return metrics | {"time/eval_s": timer.metrics()["time/eval_s"]}
 
     def _eval_loss(self) -> float:
-        return evaluate_token_loss(self.model, self.eval, self.config.max_tokens_per_microbatch)
+        return evaluate_token_loss(self.model, self.eval, self.passes)
 
     def _judge(self, step: int) -> dict[str, float]:
         """Score a candidate, or keep it in the run folder until there is a judge."""

@@ -12,11 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrl.config import DPOConfig, RewardConfig, SFTConfig
+from fastrl.config import DPOConfig, RewardConfig, SamplingConfig, SFTConfig
 from fastrl.errors import DeviceMemoryError
 from fastrl.models.causal_lm import scalar_from_causal
-from fastrl.models.scoring import response_logprobs, response_scores, response_values
+from fastrl.models.scoring import (
+    read_trunk,
+    response_logprobs,
+    response_scores,
+    response_values,
+)
 from fastrl.optim import AdamW
+from fastrl.out_of_memory import PassBudget
 from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import evaluate_token_loss
 from fastrl.trainers.dpo import DPOTrainer
@@ -139,8 +145,8 @@ def test_the_lower_budget_stays_and_is_logged_once(
     _fail_in_updates(monkeypatch, FailingAllocations(lambda number: number == 20))
     # Rows of 3 to 6 tokens, 18 in all.
     assert [trainer.step()["memory/max_tokens_per_microbatch"] for _ in range(2)] == [9.0, 9.0]
-    lines = [r.message for r in caplog.records if "no memory for a microbatch" in r.message]
-    assert len(lines) == 1 and "max_tokens_per_microbatch 9" in lines[0]
+    lines = [r.message for r in caplog.records if "no memory for a pass" in r.message]
+    assert len(lines) == 1 and "update: " in lines[0] and "passes of 9 tokens" in lines[0]
 
 
 def test_a_row_that_does_not_fit_alone_is_named(
@@ -148,11 +154,25 @@ def test_a_row_that_does_not_fit_alone_is_named(
 ) -> None:
     trainer, (model,) = _sft(task, ptx_ratio=0.0)
     before = task.weights_of(model)
-    _fail_in_updates(monkeypatch, FailingAllocations(lambda number: number > 20))
-    with pytest.raises(DeviceMemoryError, match="update: .* none for one of 6 tokens; lower the "
-                                                "length limits"):
-        trainer.step()
+    expected, (other,) = _sft(task, ptx_ratio=0.0, max_tokens_per_microbatch=1)
+    with monkeypatch.context() as patch:
+        _fail_in_updates(patch, FailingAllocations(lambda number: number > 200))
+        with pytest.raises(DeviceMemoryError, match="update: .* none for 4 of up to 6 tokens; "
+                                                    "lower the length limits"):
+            trainer.step()
     assert task.equal(before, task.weights_of(model))
+    assert all(p.grad is None for p in model.parameters())
+    trainer.step()  # a later one begins without what the failed one had added up
+    expected.step()
+    assert task.equal(task.weights_of(model), task.weights_of(other))
+
+
+def test_no_gradient_of_an_earlier_minibatch_is_left(task: SimpleNamespace) -> None:
+    model = task.tiny_model()
+    weight = next(model.parameters())
+    weight.grad = torch.ones_like(weight)
+    TokenBudget(SFTConfig()).run(lambda config: None, AdamW(model.parameters()), [3])
+    assert weight.grad is None
 
 
 def test_another_error_is_not_memory(task: SimpleNamespace) -> None:
@@ -180,25 +200,64 @@ def test_a_cpu_without_memory_counts_too(task: SimpleNamespace) -> None:
     assert seen == [100, 35]
 
 
-def test_allocations_of_scoring_may_fail(task: SimpleNamespace) -> None:
+def _flat(result: Any) -> Tensor:
+    """The numbers of a tensor, of several, or of a float, end to end."""
+    parts = result if isinstance(result, list | tuple) else [result]
+    return torch.cat([torch.as_tensor(part).double().flatten() for part in parts])
+
+
+def test_every_allocation_of_a_reading_may_fail(task: SimpleNamespace) -> None:
+    """Result buffers too, and a budget keeps what was learned."""
     trainer, _ = _ppo(task)
     rollout = trainer.engine.generate(
-        [p.token_ids for p in task.PROMPTS], trainer.config.sampling, num_samples_per_prompt=2)
+        [p.token_ids for p in task.PROMPTS[:2]], SamplingConfig(max_new_tokens=3),
+        num_samples_per_prompt=2)
     model, scalar = task.tiny_model(seed=3), task.tiny_critic(task.tiny_model(seed=4))
-    passes: list[Callable[[], Any]] = [
-        lambda: torch.stack(response_logprobs(model, rollout, 0.7, 1000)),
-        lambda: response_values(scalar, rollout, 1000),
-        lambda: response_scores(scalar, rollout, 1000),
-        lambda: torch.tensor(evaluate_token_loss(model, task.PTX, 1000))]
+
+    def read(budget: PassBudget) -> list[Tensor]:
+        reading = read_trunk(scalar.backbone, rollout, budget, value_head=scalar.head,
+                             score_head=scalar.head, keeps_states=True)
+        return [reading.values, reading.scores, *reading.states]
+
+    passes: list[Callable[[PassBudget], Any]] = [
+        lambda budget: response_logprobs(model, rollout, 0.7, budget),
+        lambda budget: response_values(scalar, rollout, budget), read,
+        lambda budget: response_scores(scalar, rollout, budget),
+        lambda budget: evaluate_token_loss(model, task.PTX[:2], budget)]
     for run in passes:
-        expected = run()
         with FailingAllocations(lambda number: False) as counted:
-            run()
-        # The first and the last are the result itself, before and after every pass.
-        for n in range(3, counted.count - 2, max(1, counted.count // 8)):
-            with FailingAllocations(lambda number, n=n: number == n):
-                got = run()
-            assert float((got - expected).norm()) <= 1e-5 * float(expected.norm())
+            result = run(PassBudget(1000))
+        expected = _flat(result)
+        for n in range(counted.count):
+            budget = PassBudget(1000)
+            with FailingAllocations(lambda number, n=n: number == n) as failing:
+                got = run(budget)
+            assert failing.count > counted.count and budget.max_tokens < 20
+            assert float((_flat(got) - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+@pytest.mark.parametrize("make, evaluate", [
+    (lambda task: SFTTrainer(SFTConfig(max_tokens_per_microbatch=64), task.tiny_model(), EXAMPLES,
+                             eval=EXAMPLES), lambda trainer: trainer._eval_loss()),
+    (lambda task: RewardTrainer(RewardConfig(batch_size=2, max_tokens_per_microbatch=64),
+                                scalar_from_causal(task.tiny_model(), 0), RANKINGS, eval=RANKINGS),
+     lambda trainer: trainer.evaluate(RANKINGS).loss),
+    (lambda task: DPOTrainer(DPOConfig(batch_size=2, max_tokens_per_microbatch=64),
+                             task.tiny_model(), RANKINGS, eval=RANKINGS),
+     lambda trainer: trainer.evaluate()["loss/dpo_eval"]),
+])
+def test_an_evaluation_keeps_its_lower_budget(
+    make: Any, evaluate: Any, task: SimpleNamespace
+) -> None:
+    trainer = make(task)
+    expected = evaluate(trainer)
+    with FailingAllocations(lambda number: number == 12) as failing:
+        got = evaluate(trainer)
+    lower = trainer.passes.max_tokens
+    assert failing.count > 12 and lower < 64
+    evaluate(trainer)
+    assert trainer.passes.max_tokens == lower
+    assert math.isclose(got, expected, rel_tol=1e-5)
 
 
 def test_a_sequence_that_cannot_be_scored_alone_is_named(task: SimpleNamespace) -> None:
@@ -207,5 +266,5 @@ def test_a_sequence_that_cannot_be_scored_alone_is_named(task: SimpleNamespace) 
     scalar = copy.deepcopy(trainer.critic)
     length = len(rollout.sequence(0))
     with (FailingAllocations(lambda number: number > 10),
-          pytest.raises(DeviceMemoryError, match=f"scoring: .* none for one of {length} tokens")):
+          pytest.raises(DeviceMemoryError, match=f"scoring: .* none for 1 of up to {length} tokens")):
         response_values(scalar, rollout, 1000)
