@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastrl.dense_attention import PagedPlan
+from fastrl.exactness.attention import AttentionPaths
 from fastrl.exactness.rows import (
     choose_products,
     invariant_rows,
@@ -23,25 +23,21 @@ from fastrl.exactness.rows import (
     weight_shapes,
 )
 from fastrl.exactness.settings import exact_math
-from fastrl.models import CausalLM, DecoderConfig
+from fastrl.models import CausalLM
 from fastrl.models.decoder import Decoder, DecoderLayer
 from fastrl.models.heads import project_logits
 from fastrl.ops import (
     linear_logprobs,
-    packed_attention,
-    paged_attention,
     qk_norm_rotary,
     rotary,
     rotary_write_kv,
     sample_tokens,
-    write_kv,
 )
 
 logger = logging.getLogger("fastrl")
 
 MAX_SECONDS = 20.0
 """No line is begun after so long; those left are reported as not tried."""
-ATTENTION_LENGTHS = (1, 17, 33, 100, 250)
 LOGPROB_TOLERANCE = 1e-5
 """Between the log-probs of sampler and loss, whose float32 sums over the vocabulary may differ."""
 OWN_KERNEL = "linear in triton, whose rows do not"
@@ -109,7 +105,9 @@ def _works(
         yield "mlp", lambda: _row_kernel("mlp", model, layer.mlp, rows, generator)
         if backbone.rotary is not None:
             yield "rotary", lambda: _rotary(backbone, weight, rows[-1], generator)
-        yield "attention", lambda: _attention(backbone.config, weight, generator)
+        paths = AttentionPaths(backbone.config, weight, generator)
+        yield "attention", lambda: _attention(paths)
+        yield "shared prompts", lambda: _shared_prompts(paths)
     yield "LM head", lambda: _lm_head(model, generator)
 
 
@@ -182,32 +180,23 @@ def _rotary(
         "nothing to do" if is_exact else RECOMPUTED, is_exact)
 
 
-def _attention(config: DecoderConfig, like: Tensor, generator: torch.Generator) -> SweepLine:
+def _attention(paths: AttentionPaths) -> SweepLine:
     """Packed sequences, the same as prompts in pages, and their last tokens as decode steps."""
-    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-    window = None if config.windows is None else config.windows[0]
-    scale, different = config.head_dim ** -0.5, list[str]()
-    for length in ATTENTION_LENGTHS:
-        query, key, value = (_random((length, count, config.head_dim), like, generator)
-                             for count in heads)
-        bounds = torch.tensor([0, length], device=like.device)
-        packed = packed_attention(query, key, value, bounds, max_seqlen=length, scale=scale,
-                                  window=window)
-        pages = torch.zeros(-(-length // 16), 1, 2, 16, *key.shape[1:], dtype=like.dtype,
-                            device=like.device)
-        write_kv(key, value, pages, 0, torch.arange(length, device=like.device))
-        for path, count in (("prompt", length), ("decode step", 1)):
-            paged = paged_attention(
-                query[-count:], pages, 0, torch.arange(len(pages), device=like.device)[None],
-                bounds[1:], torch.tensor([0, count], device=like.device), max_seqlen_q=count,
-                max_kv_len=length, scale=scale, window=window, plan=PagedPlan(is_exact=True))
-            if not torch.equal(paged, packed[-count:]):
-                different.append(f"{path} of {length}")
-    shape = f"{heads[0]} heads, {heads[1]} KV heads of {config.head_dim}"
+    return _compared("attention", paths.shape, "packed = prompt = decode step",
+                     paths.different_in_pages())
+
+
+def _shared_prompts(paths: AttentionPaths) -> SweepLine:
+    """A prompt encoded once for several sequences, and read once for their decode steps."""
+    return _compared("shared prompts", paths.shape, "encoded once = read once = packed alone",
+                     paths.different_when_shared())
+
+
+def _compared(work: str, shape: str, equal: str, different: list[str]) -> SweepLine:
     if different:
-        return SweepLine("attention", shape, f"other bits than packed: {', '.join(different)}",
+        return SweepLine(work, shape, f"other bits than packed: {', '.join(different)}",
                          RECOMPUTED, False)
-    return SweepLine("attention", shape, "packed = prompt = decode step", "nothing to do", True)
+    return SweepLine(work, shape, equal, "nothing to do", True)
 
 
 def _lm_head(model: CausalLM, generator: torch.Generator) -> SweepLine:

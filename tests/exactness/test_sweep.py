@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastrl.exactness.attention as attention_module
 import fastrl.exactness.sweep as sweep_module
 from fastrl.exactness import rows
 from fastrl.exactness.sweep import SweepLine, sweep, warn_of_failures
@@ -32,7 +33,8 @@ def test_every_family_passes_on_a_cpu(family: str, dtype: torch.dtype) -> None:
     products = {one.shape for one in lines if one.work == "product"}
     assert products == {f"{a} x {b}" for a, b in rows.weight_shapes(model)}
     assert [one.work for one in lines if one.work != "product"] == [
-        "norm", "mlp", *(["rotary"] if family != "gpt2" else []), "attention", "LM head"]
+        "norm", "mlp", *(["rotary"] if family != "gpt2" else []), "attention", "shared prompts",
+        "LM head"]
     assert [one for one in lines if not one.is_exact] == []
     assert line(lines, "attention").result == "packed = prompt = decode step"
 
@@ -62,16 +64,57 @@ def test_a_row_kernel_that_looks_at_other_rows_is_seen() -> None:
 def test_pages_that_give_other_bits_are_seen(
     monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    real = sweep_module.paged_attention
+    real = attention_module.paged_attention
 
     def other(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         is_decode = kwargs["max_seqlen_q"] == 1
         out = real(query, *args, **kwargs)
         return out * (1 + 1e-6) if is_decode == (path == "decode step") else out
 
-    monkeypatch.setattr(sweep_module, "paged_attention", other)
+    monkeypatch.setattr(attention_module, "paged_attention", other)
     found = line(sweep(tiny()), "attention")
     assert not found.is_exact and f"{path} of 100" in found.result
+
+
+@pytest.mark.parametrize(("op", "path"), [
+    ("prefix_attention", "pack"), ("paged_attention", "decode step")])
+def test_a_shared_prompt_with_other_bits_is_seen_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, op: str, path: str
+) -> None:
+    real = getattr(attention_module, op)
+
+    def other(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = real(query, *args, **kwargs)
+        is_shared = op == "prefix_attention" or kwargs["prefixes"] is not None
+        out[-1] *= 1 + 1e-6 * is_shared  # the last token of the last response alone
+        return out
+
+    monkeypatch.setattr(attention_module, op, other)
+    failed = [one for one in sweep(tiny("mistral")) if not one.is_exact]
+    assert [one.work for one in failed] == ["shared prompts"]
+    assert failed[0].result == "other bits than packed: " + ", ".join(
+        f"{path} of {name}" for name in ("2 after 16", "3 after 70", "2 after 160"))
+
+
+def test_decode_steps_of_the_sweep_read_what_they_share_once(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pages that are not the first sequence's are never asked for."""
+    real, given = attention_module.paged_attention, []
+
+    def noted(query: torch.Tensor, pages: torch.Tensor, layer: int, table: torch.Tensor,
+              *args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs["prefixes"] is not None:
+            given.append((table, kwargs["prefixes"]))
+        return real(query, pages, layer, table, *args, **kwargs)
+
+    monkeypatch.setattr(attention_module, "paged_attention", noted)
+    sweep(tiny())
+    assert [p.groups.tolist() for _, p in given] == [[[0, 2]], [[0, 3]], [[0, 2]]]
+    for (table, prefixes), tokens in zip(given, (16, 64, 160), strict=True):
+        assert prefixes.shared_lens.tolist() == [tokens] * len(table)
+        shared = table[:, : tokens // attention_module.PAGE_SIZE]
+        assert torch.equal(shared, shared[:1].expand_as(shared))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
