@@ -6,19 +6,18 @@ Random weights made on the device, responses of full length. Rows, by workload:
                                      the update's log-probs of the same tokens
     update, case exact and fast      forward and backward of the policy loss over those tokens
     sweep                            the start-up sweep; the lines that fail, by name
-    arena                            map and unmap of the cache's memory, one of each
+    arena                            the engine gives its cache's memory back, and takes it again
     update beside the cache          peak memory and the largest microbatch that fits, with the
-                                     cache's memory held and given back
+                                     memory of the engine's cache held and given back
 
 Exact and fast take turns; `extra.cost` of an exact row is its median over that of the fast row.
 """
 
 import gc
-import importlib
-import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ from benchmarks.results import Row, head, save
 from benchmarks.timing import Timing, peak_bytes
 from fastrl.config import EngineConfig, PPOConfig, SamplingConfig
 from fastrl.engine import Engine
+from fastrl.engine.cache import KVCache
 from fastrl.exactness import exact_math
 from fastrl.exactness.sweep import sweep
-from fastrl.models import CausalLM
 from fastrl.ops import linear_policy_loss
 from fastrl.packing import predict_rows
 from fastrl.trainers.common import packed_forward
@@ -67,6 +66,7 @@ class ExactBench:
         generator = torch.Generator().manual_seed(0)
         self.prompts = torch.randint(self.model.spec.vocab_size,
                                      (self.sizes["B"], self.sizes["P"]), generator=generator)
+        self._cache: KVCache | None = None
         self.config = PPOConfig(max_tokens_per_microbatch=MICROBATCH_TOKENS[small])
 
     def run(self) -> list[Row]:
@@ -96,7 +96,7 @@ class ExactBench:
 
     def generate(self, row: Row) -> None:
         """Whole calls of two engines, in turns, and the update's log-probs of their tokens."""
-        engines = self._engines()
+        engines = self._engines
         sampling = SamplingConfig(max_new_tokens=self.sizes["T"], stop_token_ids=())
         prompts, seconds = self.prompts.tolist(), {case: list[float]() for case in engines}
         rollouts: dict[str, Rollout] = {}
@@ -133,36 +133,44 @@ class ExactBench:
         self._add_pair(row, seconds, {case: dict(extra) for case in seconds})
 
     def arena(self, row: Row) -> None:
-        """Switches of memory as large as the cache of `generate`."""
-        if importlib.util.find_spec("fastrl.memory.arena") is None:
-            self._add(row.without_figure("unavailable", "this version has no arena"))
-            return
-        arenas: Any = importlib.import_module("fastrl.memory.arena")
-        arena = arenas.Arena(self._cache_bytes(), torch.device(self.device))
+        """Switches of the memory of the cache that `generate` has left."""
+        engine, cache = self._engines["exact"], self._idle_cache()
         seconds: dict[str, list[float]] = {"map": [], "unmap": []}
         for _ in range(1 + ROUNDS):
-            seconds["map"].append(self._timed(lambda: arena.map(arena.num_bytes))[0])
-            seconds["unmap"].append(self._timed(arena.unmap)[0])
-        extra = {"num_bytes": arena.num_bytes, "keeps_addresses": arena.keeps_addresses}
-        arena.close()
+            seconds["unmap"].append(self._timed(engine.release_memory)[0])
+            seconds["map"].append(self._timed(cache.map)[0])
+        extra = {"num_bytes": self._cache_bytes(), "keeps_addresses": cache.arena.keeps_addresses}
         for case, taken in seconds.items():
             self._add(_timed_row(replace(row, case=case), taken[1:], extra))
 
     def beside_the_cache(self, row: Row) -> None:
-        """Peak memory of an update and the largest microbatch, by what the cache does."""
-        for case in ("cache given back", "cache held"):
-            held = (torch.zeros(self._cache_bytes(), dtype=torch.uint8, device=self.device)
-                    if case == "cache held" else torch.zeros(0, dtype=torch.uint8))
+        """Peak memory of an update and the largest microbatch, by what the engine's cache does."""
+        engine, cache = self._engines["exact"], self._idle_cache()
+        for case in ("cache held", "cache given back"):
+            if case == "cache held":
+                cache.map()
+                cache.kv_pages.zero_()  # a CPU gives pages as they are touched
+            else:
+                engine.release_memory()
+            held = self._cache_bytes() * cache.arena.is_mapped
             with exact_math(self.device):
                 sequences = self._sequences(self.config.max_tokens_per_microbatch)
                 peak = peak_bytes(lambda s=sequences: self._backward(s),  # type: ignore[misc]
-                                  self.device) + held.numel()
+                                  self.device) + held
                 taken, largest = self._timed(self._largest_microbatch)
-            extra = {"cache_bytes": self._cache_bytes(), "largest_microbatch_tokens": largest,
+            extra = {"cache_bytes": self._cache_bytes(), "held_bytes": held,
+                     "largest_microbatch_tokens": largest,
                      "microbatch_tokens": sum(map(len, sequences))}
             self._add(replace(_timed_row(replace(row, case=case), [taken], extra),
                               peak_bytes=peak))
-            del held
+
+    def _idle_cache(self) -> KVCache:
+        """The cache of the exact engine, the only one that has memory from here on."""
+        self._engines["fast"].release_memory()
+        self._cache = self._engines["exact"].idle_cache or self._cache
+        if self._cache is None:
+            raise LookupError("generate has left no cache")
+        return self._cache
 
     def _largest_microbatch(self) -> int:
         """Tokens of the largest microbatch that fits, by doubling; on a CPU only one doubling."""
@@ -179,6 +187,7 @@ class ExactBench:
             torch.cuda.empty_cache()
         return fits
 
+    @cached_property
     def _engines(self) -> dict[str, Engine]:
         return {case: Engine(self.model, EngineConfig(
             max_batch_size=self.sizes["B"], exact=case == "exact")) for case in ("exact", "fast")}
@@ -207,11 +216,9 @@ class ExactBench:
         self.model.zero_grad(set_to_none=True)
 
     def _cache_bytes(self) -> int:
-        """Keys and values of all tokens of the rollout."""
-        config = _decoder(self.model)
-        numbers = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-        tokens = self.sizes["B"] * (self.sizes["P"] + self.sizes["T"])
-        return int(tokens * numbers * self.model.lm_head.weight.element_size())
+        """Of all pages of the engine's cache."""
+        cache = self._idle_cache()
+        return cache.num_pages * cache.page_bytes
 
     def _timed(self, call: Callable[[], Any]) -> tuple[float, Any]:
         """Seconds by the clock until the device is done, and what the call gave."""
@@ -240,10 +247,6 @@ class ExactBench:
 
 def _timed_row(row: Row, seconds: list[float], extra: dict[str, Any]) -> Row:
     return replace(row.timed(Timing("clock", seconds), None, None, None), extra=extra)
-
-
-def _decoder(model: CausalLM) -> Any:
-    return model.backbone.config
 
 
 def run_exact(device: str, small: bool, path: Path, deadline: float) -> list[Row]:

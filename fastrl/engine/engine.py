@@ -80,6 +80,8 @@ class Engine:
                 choose_products(model, by_input=self._by_input)
                 self._min_rows = invariant_rows(model, by_input=self._by_input)
                 self._row_multiple = row_multiple(model)
+        self.sharing_must_pay = True
+        """False reads shared pages once however little that saves: for looking at that path."""
         self._idle_cache: KVCache | None = None
         self._active: list[Generation] = []
         self._calls: list[Generation] = []  # of `generate`, the innermost last
@@ -191,6 +193,13 @@ class Engine:
             chosen, generation = set(rows), self._calls[-1]
             generation.cancel([r for r in generation.requests if r.index in chosen])
 
+    @property
+    def idle_cache(self) -> KVCache | None:
+        """The cache of the last call, which the next one takes if it fits; with memory or, after
+        `release_memory`, without. None: there is none to keep.
+        """
+        return self._idle_cache
+
     def weights_changed(self) -> None:
         """Drop every cached page: no token is drawn from keys and values of old weights.
 
@@ -247,7 +256,7 @@ class Engine:
             self.model, replace(self.config, max_batch_size=self._max_batch_size), cache, requests,
             tuple(self.model.spec.eos_token_ids), row_count=self._row_count,
             batch_rows=self._batch_rows, graphs=graphs, one_at_a_time=one_at_a_time,
-            by_input=self._by_input)
+            by_input=self._by_input, sharing_must_pay=self.sharing_must_pay)
 
     def _exact_math(self) -> AbstractContextManager[None]:
         """The settings of exact mode, where it is on."""

@@ -51,13 +51,14 @@ class Generation:
         graphs: Captured steps; None runs every step eagerly.
         one_at_a_time: Every token is looked at before the next is drawn.
         by_input: Multiply with copies of the matrices stored by input.
+        sharing_must_pay: Pages that sequences share are read once only where that saves time.
     """
 
     def __init__(
         self, model: CausalLM, config: EngineConfig, cache: KVCache, requests: Sequence[Request],
         stop_token_ids: Sequence[int], *, row_count: Callable[[int], int],
         batch_rows: Callable[[int], int], graphs: StepGraphs | None, one_at_a_time: bool,
-        by_input: bool,
+        by_input: bool, sharing_must_pay: bool = True,
     ) -> None:
         self.requests = requests
         self.scheduler = Scheduler(starting_order(requests, config.order), cache, config)
@@ -70,6 +71,7 @@ class Generation:
         self._weights = WeightsByInput(matrices(model) if by_input else ())
         self._device = cache.kv_pages.device
         self._row_count, self._batch_rows = row_count, batch_rows
+        self._sharing_must_pay = sharing_must_pay
         self._step = 0
         self._replay_until = 0
         self._max_pages = max(pages_for(r.max_cached_tokens, cache.page_size) for r in requests)
@@ -268,7 +270,8 @@ class Generation:
         Its rows are those of `scheduler.running`.
         """
         batch = batch.pad(self._batch_rows(batch.size), len(self.requests)).with_groups(
-            prefix_groups(self.scheduler.running, self.cache.page_size, self.cache.token_bytes))
+            prefix_groups(self.scheduler.running, self.cache.page_size, self.cache.token_bytes,
+                          must_pay=self._sharing_must_pay))
         settings = self._settings.select(batch.index)
         if self.graphs is None:
             self._batch, self._row_settings = batch, settings

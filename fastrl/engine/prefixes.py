@@ -21,7 +21,9 @@ Group = tuple[int, int, int]
 """(first row, rows, tokens that they share)."""
 
 
-def prefix_groups(running: Sequence[Request], page_size: int, token_bytes: int) -> list[Group]:
+def prefix_groups(
+    running: Sequence[Request], page_size: int, token_bytes: int, *, must_pay: bool = True
+) -> list[Group]:
     """Groups of rows that hold the same pages, or none where they would not pay.
 
     Samples of a prompt are beside each other, since nothing overtakes. They share its full pages,
@@ -30,6 +32,7 @@ def prefix_groups(running: Sequence[Request], page_size: int, token_bytes: int) 
     Args:
         running: Requests in the order of the decode batch.
         token_bytes: Of the keys and values of a token in one layer.
+        must_pay: False shares however little that saves.
     """
     groups: list[Group] = []
     row = 0
@@ -41,4 +44,4 @@ def prefix_groups(running: Sequence[Request], page_size: int, token_bytes: int) 
                        for first in range(row, end - 1, MAX_ROWS)]
         row = end
     saved = sum((count - 1) * tokens for _, count, tokens in groups) * token_bytes
-    return groups if saved >= MIN_SAVED_BYTES else []
+    return groups if saved >= MIN_SAVED_BYTES or not must_pay else []

@@ -57,5 +57,6 @@ def warn_of_gap(
     prompt = rollout.sequence(row)[:int(rollout.prompt_lens[row])]
     place = first_difference(
         engine, policy, prompt, config.sampling, tolerance=tolerance, request_id=row,
-        seed=derive_seed(config.seed, "rollout", iteration))
+        seed=derive_seed(config.seed, "rollout", iteration),
+        num_samples=config.num_samples_per_prompt, share_prefix=config.share_prefix)
     logger.warning(GAP_WARNING, iteration, gap, tolerance, place)

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,17 +10,23 @@ import torch
 import benchmarks.exact as bench
 from benchmarks.exact import run_exact
 from benchmarks.results import Row, load
+from fastrl.engine.cache import KVCache
 
 
 def by_case(rows: list[Row]) -> dict[tuple[str, str], Row]:
     return {(row.workload, row.case): row for row in rows}
 
 
+def row_of(workload: str) -> Row:
+    return Row(workload=workload, sizes={}, dtype="float32", provider="fastrl", status="skipped",
+               reason="not yet measured")
+
+
 def test_rows_of_a_small_run(tmp_path: Path) -> None:
     path = tmp_path / "exact.json"
     rows = by_case(run_exact("cpu", True, path, time.monotonic() + 100))
     assert by_case(load(path)[1]).keys() == rows.keys()
-    assert rows["sweep", ""].extra == {"num_lines": 10, "failed": []}
+    assert rows["sweep", ""].extra == {"num_lines": 11, "failed": []}
     for case in ("exact", "fast"):
         made = rows["generate", case].extra
         assert made["num_tokens"] == 6 * 12
@@ -32,10 +39,48 @@ def test_rows_of_a_small_run(tmp_path: Path) -> None:
         assert "cost" not in fast.extra
     held, free = (rows["update beside the cache", f"cache {what}"] for what in
                   ("held", "given back"))
-    # 102 tokens of two layers with two KV heads of 8 in float32.
-    assert held.extra["cache_bytes"] == 102 * 2 * 2 * 2 * 8 * 4
+    # A page per response: 16 tokens and 3 that attention reads beside them; two layers with two
+    # KV heads of 8 in float32.
+    num_bytes = 6 * 19 * 2 * 2 * 2 * 8 * 4
+    assert held.extra["cache_bytes"] == held.extra["held_bytes"] == num_bytes
+    assert free.extra["cache_bytes"] == num_bytes and free.extra["held_bytes"] == 0
     assert held.peak_bytes is not None and free.peak_bytes is not None
     assert held.extra["largest_microbatch_tokens"] == 64
+    for case in ("map", "unmap"):
+        switch = rows["arena", case]
+        assert switch.rounds == bench.ROUNDS
+        assert switch.extra == {"num_bytes": num_bytes, "keeps_addresses": True}
+
+
+def test_the_engines_own_cache_is_switched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every `arena` row is one switch of the cache that the exact engine generated with."""
+    switches: list[tuple[str, int]] = []
+
+    def note(name: str, real: Any) -> None:
+        def noted(cache: KVCache) -> None:
+            switches.append((name, id(cache)))
+            real(cache)
+
+        monkeypatch.setattr(KVCache, name, noted)
+
+    note("map", KVCache.map)
+    note("unmap", KVCache.unmap)
+    made = bench.ExactBench("cpu", True, tmp_path / "exact.json", time.monotonic() + 100)
+    made.generate(row_of("generate"))
+    cache = made._engines["exact"].idle_cache
+    switches.clear()
+    made.arena(row_of("arena"))
+    own = [name for name, number in switches if number == id(cache)]
+    assert own == ["unmap", "map"] * (1 + bench.ROUNDS)
+    assert {name for name, number in switches if number != id(cache)} == {"unmap"}  # the fast one's
+
+
+def test_without_a_cache_the_row_says_so(tmp_path: Path) -> None:
+    made = bench.ExactBench("cpu", True, tmp_path / "exact.json", time.monotonic() + 100)
+    with pytest.raises(LookupError, match="generate has left no cache"):
+        made.arena(row_of("arena"))
 
 
 def test_a_failure_and_the_end_of_the_time_are_rows(

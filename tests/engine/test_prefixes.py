@@ -121,7 +121,7 @@ class NoGroups:
 
     def __enter__(self) -> None:
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(generation, "prefix_groups", lambda *arguments: [])
+        self.patch.setattr(generation, "prefix_groups", lambda *arguments, **settings: [])
 
     def __exit__(self, *_: object) -> None:
         self.patch.undo()

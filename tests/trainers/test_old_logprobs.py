@@ -14,7 +14,7 @@ from fastrl.config import EngineConfig, PPOConfig
 from fastrl.engine import Engine, difference
 from fastrl.engine.difference import NOWHERE, first_difference
 from fastrl.errors import ConfigError
-from fastrl.models import CausalLM, DecoderConfig, new_decoder
+from fastrl.models import CausalLM, DecoderConfig, PackedAttention, PagedAttention, new_decoder
 from fastrl.trainers import old_logprobs
 from fastrl.trainers.old_logprobs import largest_gap, update_logprobs
 
@@ -116,6 +116,52 @@ def test_another_architecture_is_compared_as_a_whole(task: SimpleNamespace) -> N
         other.backbone.trunk.embed.weight.mul_(1.1)
     assert first_difference(Engine(other), policy, [2, 3], task.SETTINGS["sampling"],
                             tolerance=1e-5, seed=1, request_id=5) == "hidden states"
+
+
+LONG_PROMPT = [2 + 7 * i % 11 for i in range(70)]
+"""Enough tokens that the engine reads them once for several responses."""
+
+
+@pytest.mark.parametrize(("state", "num_samples", "expected"), [
+    (PagedAttention, 3, "layer 1 attention, with a prompt that others share"),
+    (PackedAttention, 3, "layer 1 attention, with a prompt that others share"),
+    (PagedAttention, 1, NOWHERE), (PackedAttention, 1, NOWHERE)])
+@pytest.mark.parametrize("sizes", [{"page_size": 16}, {"num_pages": 7}], ids=str)
+def test_a_layer_that_is_wrong_only_where_prompts_are_shared_is_named(
+    task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, state: Any, num_samples: int,
+    expected: str, sizes: dict[str, int],
+) -> None:
+    method = "_attend" if state is PagedAttention else "__call__"
+    real = getattr(state, method)
+
+    def faulty(self: Any, layer: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = real(self, layer, *args, **kwargs)
+        return out if self.prefixes is None or layer != 1 else out * 1.01
+
+    policy = new_decoder(dataclasses.replace(deep_model().backbone.config, max_positions=128), 0)
+    engine = Engine(policy, EngineConfig(max_batch_size=4, **sizes))
+    arguments: dict[str, Any] = {"tolerance": 1e-5, "seed": 1, "request_id": 6,
+                                 "num_samples": num_samples}
+    sampling = dataclasses.replace(task.SETTINGS["sampling"], max_new_tokens=6)
+    assert first_difference(engine, policy, LONG_PROMPT, sampling, **arguments) == NOWHERE
+    monkeypatch.setattr(state, method, faulty)
+    assert first_difference(engine, policy, LONG_PROMPT, sampling, **arguments) == expected
+
+
+def test_a_fault_of_shared_prompts_is_named_in_the_warning(
+    task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = PackedAttention.__call__
+
+    def faulty(self: Any, layer: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = real(self, layer, *args, **kwargs)
+        return out if self.prefixes is None or layer != 2 else out * 1.01
+
+    monkeypatch.setattr(PackedAttention, "__call__", faulty)
+    trainer = task.make_trainer(deep_model(), num_samples_per_prompt=4)
+    with caplog.at_level(logging.WARNING, logger="fastrl"):
+        assert trainer.step()["logprob/num_recomputed"] == 1
+    assert "first in: layer 2 attention, with a prompt that others share. " in caplog.text
 
 
 def test_a_tolerance_of_0_accepts_the_same_bits_only() -> None:
