@@ -79,12 +79,12 @@ def test_the_sweep_of_exact_mode_alone(
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
     for expected in ("exact mode of", "in float32", "96 x 32", "packed = prompt = decode step",
-                     "passes padded to", "exact mode passed: 10 of 10 lines"):
+                     "passes padded to", "exact mode passed: 11 of 11 lines"):
         assert expected in printed, expected
     assert "self check" not in printed
     assert cli.main([*command, "--dtype", "bfloat16"]) == 0
     assert "in bfloat16" in capsys.readouterr().out
     monkeypatch.setattr(sweep_module, "least_rows", lambda shape, dtype, device: None)
     assert cli.main(command) == 1
-    assert "exact mode failed: 5 of 10 lines" in capsys.readouterr().out
+    assert "exact mode failed: 5 of 11 lines" in capsys.readouterr().out
     assert cli.main(["doctor", "--device", "cpu", "--exact", str(tmp_path / "nothing")]) == 2

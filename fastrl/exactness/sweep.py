@@ -107,7 +107,7 @@ def _works(
             yield "rotary", lambda: _rotary(backbone, weight, rows[-1], generator)
         paths = AttentionPaths(backbone.config, weight, generator)
         yield "attention", lambda: _attention(paths)
-        yield "shared prompts", lambda: _shared_prompts(paths)
+        yield "prefixes", lambda: _shared_prompts(paths)
     yield "LM head", lambda: _lm_head(model, generator)
 
 
@@ -188,7 +188,7 @@ def _attention(paths: AttentionPaths) -> SweepLine:
 
 def _shared_prompts(paths: AttentionPaths) -> SweepLine:
     """A prompt encoded once for several sequences, and read once for their decode steps."""
-    return _compared("shared prompts", paths.shape, "encoded once = read once = packed alone",
+    return _compared("prefixes", paths.shape, "packed = encoded = read once",
                      paths.different_when_shared())
 
 

@@ -33,7 +33,7 @@ def test_every_family_passes_on_a_cpu(family: str, dtype: torch.dtype) -> None:
     products = {one.shape for one in lines if one.work == "product"}
     assert products == {f"{a} x {b}" for a, b in rows.weight_shapes(model)}
     assert [one.work for one in lines if one.work != "product"] == [
-        "norm", "mlp", *(["rotary"] if family != "gpt2" else []), "attention", "shared prompts",
+        "norm", "mlp", *(["rotary"] if family != "gpt2" else []), "attention", "prefixes",
         "LM head"]
     assert [one for one in lines if not one.is_exact] == []
     assert line(lines, "attention").result == "packed = prompt = decode step"
@@ -91,7 +91,7 @@ def test_a_shared_prompt_with_other_bits_is_seen_and_nothing_else(
 
     monkeypatch.setattr(attention_module, op, other)
     failed = [one for one in sweep(tiny("mistral")) if not one.is_exact]
-    assert [one.work for one in failed] == ["shared prompts"]
+    assert [one.work for one in failed] == ["prefixes"]
     assert failed[0].result == "other bits than packed: " + ", ".join(
         f"{path} of {name}" for name in ("2 after 16", "3 after 70", "2 after 160"))
 
