@@ -193,12 +193,23 @@ GLOSSARY: dict[str, Term] = {
 }
 
 
+FAMILIES: dict[str, Term] = {
+    "reward/part_": Term("Mean score of one reward of a weighted sum, before its weight, over the "
+                         "responses that it was asked about."),
+    "eval/reward_part_": Term("The same on held-out prompts."),
+}
+"""Metrics whose names end with what the user calls a reward."""
+
+
 def explain(name: str) -> Term:
     """The entry of a metric.
 
     Raises:
         ConfigError: when no metric has this name.
     """
+    for prefix, term in FAMILIES.items():
+        if name.startswith(prefix):
+            return term
     if name not in GLOSSARY:
         raise ConfigError(f"glossary: expected the name of a metric, got {name!r}; add it to "
                           "fastrl/glossary.py")
@@ -212,5 +223,6 @@ def to_markdown() -> str:
              "that other systems have for it. Made from `fastrl/glossary.py`.", "",
              "| metric | meaning | elsewhere |", "|---|---|---|"]
     lines += [f"| `{name}` | {term.meaning} | {'; '.join(term.peers)} |"
-              for name, term in sorted(GLOSSARY.items())]
+              for name, term in sorted((GLOSSARY | {f"{prefix}*": term for prefix, term
+                                                    in FAMILIES.items()}).items())]
     return "\n".join(lines) + "\n"

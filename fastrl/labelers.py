@@ -6,7 +6,7 @@ sigmoid(d / scale). Agreement and the best accuracy anybody can reach on such la
 limit) therefore follow from the gold scores without sampling.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +78,38 @@ def score_responses(gold: GoldScore, rollout: Rollout, prompts: Sequence[Prompt]
                       text=decode_response(rollout, index, decoder),
                       has_stopped=reason == "stop", max_new_tokens=max_new_tokens))
         for index, reason in enumerate(rollout.finish_reasons)], dtype=torch.float64)
+
+
+class LabelerScorer:
+    """A gold score as a scorer.
+
+    Args:
+        gold: The score.
+        encoder: Turns responses into text.
+        prompts: Every prompt that will be answered.
+        max_new_tokens: Tokens that each response is allowed to have.
+    """
+
+    def __init__(self, gold: GoldScore, encoder: TextDecoder, prompts: Iterable[Prompt],
+                 max_new_tokens: int) -> None:
+        self.gold, self.encoder, self.max_new_tokens = gold, encoder, max_new_tokens
+        self._prompts = {prompt.token_ids: prompt for prompt in prompts}
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        """Score [B] float32 of every response.
+
+        Raises:
+            DataError: when a response answers another prompt.
+        """
+        prompts = []
+        for index in range(0, rollout.batch_size, rollout.num_samples_per_prompt):
+            token_ids = tuple(rollout.sequence(index)[: int(rollout.prompt_lens[index])])
+            if token_ids not in self._prompts:
+                raise DataError(f"labeler: expected one of {len(self._prompts)} known prompts, got "
+                                f"{self.encoder.decode(token_ids)[:200]!r}; pass all prompts")
+            prompts.append(self._prompts[token_ids])
+        scores = score_responses(self.gold, rollout, prompts, self.encoder, self.max_new_tokens)
+        return scores.float().to(rollout.response_mask.device)
 
 
 def pair_agreement(gold: Tensor, noise_scale: float, *, count_ties: bool) -> float:

@@ -58,6 +58,8 @@ def _completed(value: Any, default: Any) -> Any:
 def _parse(hint: Any, value: Any, where: str) -> Any:
     """One value of the type `hint`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
     if origin in (types.UnionType, typing.Union):
         if value is None and types.NoneType in arguments:
             return None

@@ -141,12 +141,13 @@ def _is_finished(stage: Stage, output_dir: Path, data_root: Path) -> bool:
 
 def _check_presence(plan: Recipe, stage: Stage, data_root: Path) -> None:
     """Raise when a name or file of a stage does not exist; outputs of stages come later."""
-    check_names(stage.config)
     for field, reference in local_paths(stage.config):
         path = data_root / reference
         if not reference.startswith("@") and not path.exists():
             raise DataError(f"{plan.where}, stage {stage.name!r}: {field}: expected a file or "
                             f"folder, found nothing at {path}; check the path and --data_root")
+    # The stage's own folder is not looked at here: names of functions are, in files that are there.
+    check_names(resolve_stage(stage, Path(), data_root))
 
 
 def _check_contents(stages: Sequence[Stage], data_root: Path) -> None:

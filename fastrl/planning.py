@@ -15,6 +15,7 @@ from fastrl.memory.report import COLUMNS, headline, phase_rows, resident_rows
 from fastrl.memory.shapes import (
     NAMED,
     ModelShape,
+    joined,
     shape_named,
     shape_of_config,
     shape_of_folder,
@@ -24,6 +25,7 @@ from fastrl.memory.training import Device
 from fastrl.models.families import decoder_config
 from fastrl.options import UNREAD
 from fastrl.recipe import load_recipe
+from fastrl.reward_settings import join_parts
 from fastrl.runs import DPORun, PPORun, PretrainRun, RewardRun, SelectRun, SFTRun, StageRun
 from fastrl.trainers.common import resolve_device, resolve_dtype
 
@@ -104,10 +106,14 @@ def _plan(config: StageRun, shape_of: Callable[[str], ModelShape],
     device = _device(config)
     if isinstance(config, PPORun):
         policy = shape_of(config.model_name_or_path)
-        reward_model = policy if config.reward_model == UNREAD else shape_of(config.reward_model)
+        parts = join_parts(config.reward_model, config.reward_function, config.rewards)
+        models = [shape_of(part.model) for part in parts.values() if part.model is not None]
         reference = config.reference_model
-        return plan_ppo(config, policy, device, reward_model=reward_model,
-                        reference=None if reference is None else shape_of(reference))
+        critic = models[0] if models and config.critic_init == "reward" else None
+        return plan_ppo(config, policy, device, critic=critic,
+                        reward_model=joined(models) if models else None,
+                        reference=None if reference is None else shape_of(reference),
+                        has_reward_model=bool(models) or not parts)
     if isinstance(config, DPORun):
         second = config.reference_model
         return plan_dpo(config, shape_of(config.model_name_or_path), device,

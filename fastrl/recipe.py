@@ -24,8 +24,10 @@ from typing import Any
 from fastrl.data.rows import DATASETS_PREFIX
 from fastrl.errors import ConfigError
 from fastrl.parsing import parse_config
+from fastrl.reward_settings import RewardPart, split_function
 from fastrl.runs import (
     PATH_FIELDS,
+    REWARD_FIELDS,
     RUN_TYPES,
     EvaluateRun,
     PromptsRun,
@@ -108,6 +110,18 @@ def local_paths(config: StageRun) -> Iterator[tuple[str, str]]:
         for path in paths.values() if isinstance(paths, Mapping) else paths:
             if not path.startswith(DATASETS_PREFIX):
                 yield name, path
+    function = getattr(config, "reward_function", None)
+    parts = [*_reward_parts(config), *([RewardPart(function=function)] if function else [])]
+    for part in parts:
+        file = split_function(part.function)[0] if part.function is not None else None
+        yield from [("reward_model", part.model)] if part.model is not None else []
+        yield from [("reward_function", file)] if file is not None else []
+
+
+def _reward_parts(config: StageRun) -> Iterator[RewardPart]:
+    """Every reward that a stage names in a mapping."""
+    for name in REWARD_FIELDS:
+        yield from (getattr(config, name, None) or {}).values()
 
 
 def resolve_path(reference: str, output_dir: Path, data_root: Path) -> Path:
@@ -128,8 +142,20 @@ def resolve_stage(stage: Stage, output_dir: Path, data_root: Path) -> StageRun:
             return {key: resolved(item) for key, item in value.items()}
         return None if value is None else tuple(resolved(item) for item in value)
 
+    def resolved_function(name: str | None) -> str | None:
+        path, function = split_function(name or "")
+        return name if path is None else f"{resolved(path)}:{function}"
+
     changes = {name: resolved(getattr(stage.config, name)) for name in PATH_FIELDS
                if hasattr(stage.config, name)}
+    if hasattr(stage.config, "reward_function"):
+        changes["reward_function"] = resolved_function(stage.config.reward_function)
+    for field in REWARD_FIELDS:
+        parts: Mapping[str, RewardPart] | None = getattr(stage.config, field, None)
+        if parts is not None:
+            changes[field] = {name: dataclasses.replace(
+                part, model=resolved(part.model), function=resolved_function(part.function)
+            ) for name, part in parts.items()}
     return dataclasses.replace(stage.config, **changes, output_dir=str(output_dir / stage.name))
 
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastrl.glossary import GLOSSARY
+from fastrl.errors import ConfigError
+from fastrl.glossary import explain
 from fastrl.report_files import StageFiles
 from fastrl.report_html import details, figure, table, text
 from fastrl.report_svg import Series, format_number, legend, line_plot, sparkline
@@ -49,7 +50,10 @@ def curves(kind: str, stages: Sequence[StageFiles], max_points: int) -> list[str
 
 
 def _meaning(metric: str) -> str:
-    return GLOSSARY[metric].meaning if metric in GLOSSARY else ""
+    try:
+        return explain(metric).meaning
+    except ConfigError:  # of a run of another version
+        return ""
 
 
 def _plot(metric: str, lines: Sequence[Series], label_id: str, max_points: int) -> str:

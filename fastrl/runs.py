@@ -17,6 +17,7 @@ from fastrl.config import (
     SFTConfig,
     check,
 )
+from fastrl.reward_settings import RewardPart, join_parts
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 
@@ -297,7 +298,7 @@ class SelectRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PPORun(PPOConfig):
-    """PPO or PPO-ptx of a model folder against a reward model."""
+    """PPO or PPO-ptx of a model folder against reward models, reward functions or both."""
 
     model_name_or_path: str
     """Folder of the model that PPO starts from."""
@@ -305,8 +306,14 @@ class PPORun(PPOConfig):
     """Folder of this run; it must not hold another run."""
     prompts: tuple[str, ...]
     """Prompts: rows with `prompt` or `messages`."""
-    reward_model: str
+    reward_model: str | None = None
     """Folder of the reward model, a sequence-classification checkpoint with one label."""
+    reward_function: str | None = None
+    """A function that scores: gsm8k, ifeval, or `path/to/file.py:name`, which is executed; its
+    scores are added to the reward model's where there are both."""
+    rewards: dict[str, RewardPart] | None = None
+    """More rewards by name, each with settings of its own: {name: {model, function or labeler,
+    arguments, weight, source_weights, timeout_s}} (docs/rewards.md)."""
     reference_model: str | None = None
     """Folder of the reference of the KL penalty; None: the model PPO starts from."""
     source_weights: dict[str, float] | None = None
@@ -338,6 +345,7 @@ class PPORun(PPOConfig):
         check(self.reference == "copy" or self.reference_model is None, "reference_model",
               "None, because reference is 'none'", self.reference_model)
         _check_weights(self.source_weights)
+        join_parts(self.reward_model, self.reward_function, self.rewards)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -449,3 +457,6 @@ PATH_FIELDS = ("model_name_or_path", "tokenizer_name_or_path", "reference_model"
                "demonstrations", "prompts", "heldout_prompts", "eval_prompts",
                "sample_prompts", "text")
 """Settings that name files or folders, in every kind of stage that has them."""
+
+REWARD_FIELDS = ("rewards",)
+"""Settings that hold rewards by name, each with a folder or a file."""

@@ -1,5 +1,6 @@
 """Scorers and what PPO does to a score before it becomes a reward."""
 
+import sys
 from collections.abc import Sequence
 from threading import Event
 from time import monotonic
@@ -7,7 +8,7 @@ from time import monotonic
 import pytest
 import torch
 
-from fastrl.errors import ConfigError, NumericsError, RewardError, ShapeError
+from fastrl.errors import ConfigError, DataError, NumericsError, RewardError, ShapeError
 from fastrl.models.causal_lm import scalar_from_causal
 from fastrl.models.decoder import DecoderConfig, new_decoder
 from fastrl.models.scoring import response_scores
@@ -78,8 +79,79 @@ def test_a_function_gets_the_fields_that_it_names() -> None:
     FunctionScorer(everything, LetterCodec(), ROWS)(ROLLOUT)
     assert seen == {"answer": [7, 8], "absent": "default",
                     "columns": {"answer": [7, 8], "level": ["easy", None]}}
-    with pytest.raises(RewardError, match="named: expected scores, got TypeError.*'answer'"):
+
+
+def test_a_column_that_no_row_has_is_an_error_that_names_function_and_column() -> None:
+    def named(prompts: list[str], completions: list[str], answer: list[int],
+              level: object = None) -> list[float]:
+        return [1.0, 2.0]
+
+    message = "function named: expected a column 'answer' .*got rows with 'level'; add it"
+    with pytest.raises(RewardError, match=message):  # before anything is generated
+        FunctionScorer(named, LetterCodec(), [Prompt((2, 3), "q", row={"level": "easy"})])
+    with pytest.raises(RewardError, match="column 'answer' .*got rows with no columns"):
         FunctionScorer(named, LetterCodec())(ROLLOUT)
+    # A row alone may lack it.
+    some = [ROWS[0], Prompt((4,), "another", row={"level": "hard"})]
+    assert FunctionScorer(named, LetterCodec(), some)(ROLLOUT).tolist() == [1.0, 2.0]
+
+
+def test_equal_prompts_must_agree_on_the_columns_that_a_function_names() -> None:
+    def named(prompts: list[str], completions: list[str], answer: list[int]) -> list[float]:
+        return [float(a) for a in answer]
+
+    twice = [*ROWS, Prompt((4,), "another", row={"answer": 9})]
+    with pytest.raises(DataError, match="equal values of 'answer', got 8 and 9 for 'another'"):
+        FunctionScorer(named, LetterCodec(), twice)
+    other = [*ROWS, Prompt((4,), "another", row={"answer": 8, "level": "hard"})]
+    assert FunctionScorer(named, LetterCodec(), other)(ROLLOUT).tolist() == [7.0, 8.0]
+
+
+def test_functions_as_trl_has_them_get_their_arguments_by_name() -> None:
+    seen: dict[str, object] = {}
+
+    def short(completions: list[str], **kwargs: object) -> list[float]:
+        seen.update(completions=completions, kwargs=kwargs)
+        return [-float(len(text)) for text in completions]
+
+    def swapped(completions: list[str], prompts: list[str], *, answer: list[int]) -> list[float]:
+        seen.update(swapped=(prompts, completions, answer))
+        return [0.0, 0.0]
+
+    rows = [Prompt((2, 3), "q", row={"answer": 7, "completions": "hides nothing"}),
+            Prompt((4,), "r", row={"answer": 8})]
+    assert FunctionScorer(short, LetterCodec(), rows)(ROLLOUT).tolist() == [-2.0, -2.0]
+    FunctionScorer(swapped, LetterCodec(), rows)(ROLLOUT)
+    assert seen == {"completions": ["aa", "bc"],
+                    "kwargs": {"prompts": ["q", "r"], "answer": [7, 8]},
+                    "swapped": (["q", "r"], ["aa", "bc"], [7, 8])}
+
+
+@pytest.mark.parametrize("fn", [lambda: [], lambda text: [0.0], lambda p, *, c: [0.0]])
+def test_a_function_without_room_for_prompts_and_completions_is_refused(fn: object) -> None:
+    with pytest.raises(ConfigError, match=r"expected parameters \(prompts, completions, "):
+        FunctionScorer(fn, LetterCodec())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("timeout_s", [None, 30])
+def test_a_function_that_ends_the_process_is_an_error_that_names_it(timeout_s: float | None
+                                                                   ) -> None:
+    def quits(prompts: list[str], completions: list[str]) -> list[float]:
+        if "bc" in completions:
+            sys.exit("no answer")
+        return [0.0]
+
+    with pytest.raises(RewardError, match="function quits: .*SystemExit: no answer, from response "
+                                          "1: prompt 'c', completion 'bc'"):
+        FunctionScorer(quits, LetterCodec(), timeout_s=timeout_s)(ROLLOUT)
+
+
+def test_an_interrupt_that_a_function_raises_in_its_thread_is_its_own() -> None:
+    def interrupted(prompts: list[str], completions: list[str]) -> list[float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(RewardError, match="function interrupted: .*KeyboardInterrupt raised"):
+        FunctionScorer(interrupted, LetterCodec(), timeout_s=30)(ROLLOUT)
 
 
 @pytest.mark.parametrize("scores, message", [

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,13 @@ class ModelShape:
     def scalar_model(self) -> tuple[int, ...]:
         """Elements of each parameter of the trunk with a scalar head."""
         return (*self.trunk, self.decoder.hidden_size)
+
+
+def joined(shapes: Sequence[ModelShape]) -> ModelShape:
+    """One shape for models that wait and work together: all weights, activations of the widest."""
+    widest = max(shapes, key=lambda shape: shape.decoder.hidden_size)
+    others = [numel for shape in shapes if shape is not widest for numel in shape.scalar_model]
+    return dataclasses.replace(widest, trunk=(*widest.trunk, *others))
 
 
 def shape_of_config(name: str, config: DecoderConfig) -> ModelShape:

@@ -21,6 +21,7 @@ from fastrl.data import (
 )
 from fastrl.labelers import find_labeler
 from fastrl.models.folder import WeightFiles, read_raw_config
+from fastrl.stages.rewards import check_rewards
 
 _UNLIMITED = 1 << 62
 
@@ -51,6 +52,7 @@ def check_names(config: object) -> None:
     labeler = getattr(config, "labeler", None)
     if labeler is not None:
         find_labeler(labeler)
+    check_rewards(config)
 
 
 def _check_text(path: str) -> None:

@@ -17,11 +17,14 @@ from fastrl.data import (
     split_by_prompt,
     train_bpe_tokenizer,
 )
+from fastrl.errors import RewardError
 from fastrl.evaluation import generate_for
+from fastrl.metrics import RunFolder
 from fastrl.models import CausalLM, new_decoder, scalar_from_causal
 from fastrl.models.families import decoder_config
 from fastrl.models.weights import save_causal_lm, save_scalar_model
-from fastrl.rewards import RewardModelScorer
+from fastrl.reward_settings import join_parts
+from fastrl.rewards import RewardModelScorer, reward_models
 from fastrl.runs import DPORun, PPORun, PretrainRun, RewardRun, SelectRun, SFTRun
 from fastrl.stages.inputs import (
     OpenFolder,
@@ -35,6 +38,7 @@ from fastrl.stages.inputs import (
     read_texts,
     show_report,
 )
+from fastrl.stages.rewards import check_rewards, load_scorer
 from fastrl.stages.samples import SAMPLING, AnsweringProgress
 from fastrl.trainers.common import Progress
 from fastrl.trainers.dpo import DPOTrainer
@@ -198,6 +202,7 @@ class Judge:
 
 def ppo(run: PPORun, open_folder: OpenFolder, console: Console) -> None:
     """A policy that raises the reward model's score near its reference."""
+    check_rewards(run)
     encoder = load_encoder(run.model_name_or_path)
     train, held_out = _prompts(run, encoder, console)
     windows = load_text_files(run.ptx_data, encoder, run.ptx_window_tokens)
@@ -205,23 +210,39 @@ def ppo(run: PPORun, open_folder: OpenFolder, console: Console) -> None:
     policy = load_policy(run.model_name_or_path, run, encoder)
     reference = None if run.reference == "none" else load_policy(
         run.reference_model or run.model_name_or_path, run, encoder)
-    reward_model = load_reward_model(run.reward_model, run, encoder)
-    critic = initial_critic(run, policy, reward_model)
+    scorer = load_scorer(
+        join_parts(run.reward_model, run.reward_function, run.rewards), run, encoder,
+        train + held_out, max_tokens=run.max_tokens_per_microbatch,
+        max_new_tokens=run.sampling.max_new_tokens, share_prefix=run.share_prefix)
+    critic = initial_critic(run, policy, next(iter(reward_models(scorer).values()), None))
     with open_folder() as folder:
         trainer = PPOTrainer(
-            run, policy, reference, critic,
-            RewardModelScorer(reward_model, run.max_tokens_per_microbatch,
-                              share_prefix=run.share_prefix), train,
+            run, policy, reference, critic, scorer, train,
             eval_prompts=held_out, ptx=windows, eval_ptx=held_out_windows, run=folder,
             encoder=encoder)
         with _progress(run, console, policy, encoder, trainer.num_steps, run.sampling) as progress:
-            reason = trainer.train(progress)
+            reason = _train_or_save(trainer, progress, folder, encoder)
         save_causal_lm(policy, folder.model_path, tokenizer_from=encoder.path)
         for name in (LAST_MODEL, AVERAGE_MODEL):
             if (folder.path / name).exists():
                 encoder.save(folder.path / name)
         folder.finish({"ended": reason, "iterations": trainer.iteration})
     console.print(f"ppo: {reason}")
+
+
+def _train_or_save(trainer: PPOTrainer, progress: Progress, folder: RunFolder,
+                   encoder: TextEncoder) -> str:
+    """Why training ended; where a reward function ends it, the policy so far is saved first."""
+    try:
+        return trainer.train(progress)
+    except RewardError as error:
+        if trainer.iteration == 0:
+            raise
+        path = folder.path / LAST_MODEL
+        with trainer.residents.phase("evaluation", "policy"):
+            save_causal_lm(trainer.policy, path, tokenizer_from=encoder.path)
+        raise RewardError(f"{error}. The policy after {trainer.iteration} iterations is in {path}"
+                          ) from error
 
 
 def _prompts(run: PPORun, encoder: TextEncoder, console: Console

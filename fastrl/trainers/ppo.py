@@ -25,7 +25,7 @@ from fastrl.memory.residents import Residents, tensors_of
 from fastrl.metrics import PhaseTimer, RunFolder
 from fastrl.models.causal_lm import CausalLM, ScalarModel
 from fastrl.ops import shape_rewards
-from fastrl.rewards import RewardModelScorer, Scorer, TextDecoder, adjust_scores
+from fastrl.rewards import Scorer, TextDecoder, adjust_scores, reward_models, score_metrics
 from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import (
     Progress,
@@ -106,8 +106,7 @@ class PPOTrainer:
         models: dict[str, CausalLM | ScalarModel] = {"policy": policy, "critic": critic}
         if reference is not None:
             models["reference"] = reference.eval().requires_grad_(False)
-        if isinstance(scorer, RewardModelScorer):
-            models["reward model"] = scorer.model
+        models |= reward_models(scorer)
         own_weights = critic_weights(config, critic)
         check_trunk(config, policy, critic, scorer)
         check_models(models, own_weights)
@@ -253,7 +252,8 @@ class PPOTrainer:
             values=values, raw_scores=raw_scores, scores=scores, rewards=rewards,
             advantages=advantages, returns=returns, critic_states=critic_states,
         )
-        metrics = batch_metrics(batch) | gap_metrics | self._coefficient_metrics(raw_scores)
+        metrics = (batch_metrics(batch) | score_metrics(self.scorer) | gap_metrics
+                   | self._coefficient_metrics(raw_scores))
         kl = metrics.get("kl/policy_ref", 0.0)  # without a reference nothing follows from it
         if not self._is_past_kl_ceiling(kl):
             metrics |= self._update(batch, timer)

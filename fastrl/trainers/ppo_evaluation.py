@@ -11,7 +11,7 @@ from fastrl.engine import Engine
 from fastrl.memory.residents import Residents
 from fastrl.metrics import RunFolder
 from fastrl.models.causal_lm import CausalLM
-from fastrl.rewards import Scorer, TextDecoder, decode_response
+from fastrl.rewards import Scorer, TextDecoder, decode_response, score_metrics
 from fastrl.trainers.common import derive_seed, evaluate_token_loss
 from fastrl.trainers.old_logprobs import update_logprobs
 from fastrl.trainers.ppo_checks import check_rollout_finite
@@ -70,6 +70,7 @@ class Evaluation:
                 raw_scores = self.scorer(rollout)
             check_rollout_finite(iteration, rollout, scores=raw_scores, ref_logprobs=ref_logprobs)
             metrics = eval_metrics(rollout, ref_logprobs, raw_scores, config)
+            metrics |= score_metrics(self.scorer, "eval/reward_")
             with phase("policy"):
                 if self.ptx:
                     metrics["eval/ptx_loss"] = evaluate_token_loss(

@@ -90,8 +90,10 @@ def resident_parts(
     Args:
         models: By name, the critic among them.
     """
-    modules: dict[str, list[nn.Module]] = {
-        name.replace(" ", "_"): [model] for name, model in models.items()}
+    modules: dict[str, list[nn.Module]] = {}
+    for name, model in models.items():
+        part = "reward_model" if name.startswith("reward model") else name
+        modules.setdefault(part, []).append(model)
     if config.critic_trunk != "own":
         modules["critic"] = [critic.head]
     if config.critic_trunk == "policy":
