@@ -86,5 +86,5 @@ def test_the_sweep_of_exact_mode_alone(
     assert "in bfloat16" in capsys.readouterr().out
     monkeypatch.setattr(sweep_module, "least_rows", lambda shape, dtype, device: None)
     assert cli.main(command) == 1
-    assert "exact mode failed: 5 of 11 lines" in capsys.readouterr().out
+    assert "exact mode failed: 6 of 11 lines" in capsys.readouterr().out
     assert cli.main(["doctor", "--device", "cpu", "--exact", str(tmp_path / "nothing")]) == 2
