@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import load_cases
+from benchmarks.compare import LOSSES, MIN_PAIRS, changes_table, compare_files
 from benchmarks.engine import run_engine
 from benchmarks.engine_providers import PROVIDERS
 from benchmarks.kernels import DeviceInError, Settings, run_kernels
+from benchmarks.pairs import run_pairs
 from benchmarks.results import Row, file_name, table
 from benchmarks.timing import MIN_ROUNDS
 from fastrl.exactness import set_workspaces
@@ -36,6 +38,15 @@ def parser() -> argparse.ArgumentParser:
                         help="all")
     exact = parts.add_parser("exact", help="log-probs of rollout and update, and the cost")
     big = parts.add_parser("big", help="one PPO iteration of four models of 8B")
+    compared = parts.add_parser("compare", help="what became slower between two result files")
+    compared.add_argument("before", type=Path)
+    compared.add_argument("after", type=Path)
+    paired = parts.add_parser("pairs", help="a part in an older tree and in this one, in turns")
+    paired.add_argument("--base", default="HEAD", help="revision beside which this tree is timed")
+    paired.add_argument("--turns", type=int, default=11, help="pairs of processes")
+    paired.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    paired.add_argument("run", nargs=argparse.REMAINDER, metavar="PART ...",
+                        help="what to run, as in `python -m benchmarks PART ...`")
     for part, unit in ((kernels, "case"), (engine, "provider"), (exact, "row"), (big, None)):
         part.add_argument("--device", choices=("cuda", "cpu"),
                           default="cuda" if torch.cuda.is_available() else "cpu")
@@ -101,7 +112,26 @@ def report(rows: Sequence[Row], path: Path) -> int:
     return 1 if failures else 0
 
 
-PARTS = {"kernels": kernels, "engine": engine, "exact": exact, "big": big}
+def compare(options: argparse.Namespace) -> int:
+    """Compare two result files; 1 when something became slower or broke."""
+    changes = compare_files(options.before, options.after)
+    print(changes_table(changes))
+    return int(any(change.verdict in LOSSES for change in changes))
+
+
+def pairs(options: argparse.Namespace) -> int:
+    """Run a part in two trees in turns, and compare."""
+    if options.turns < MIN_PAIRS:
+        raise SystemExit(f"--turns: expected at least {MIN_PAIRS}, got {options.turns}: fewer "
+                         f"pairs give no interval")
+    if not options.run or options.run[0] in ("compare", "pairs"):
+        raise SystemExit("pairs: expected a part that measures, such as `kernels --ops gae`")
+    options.before, options.after = run_pairs(options.base, options.run, options.turns, options.out)
+    return compare(options)
+
+
+PARTS = {"kernels": kernels, "engine": engine, "exact": exact, "big": big, "compare": compare,
+         "pairs": pairs}
 
 
 def main() -> int:

@@ -57,6 +57,8 @@ class Row:
     share_of_floor: float | None = None
     share_of_assumed_floor: float | None = None
     peak_bytes: int | None = None
+    samples_s: list[float] = field(default_factory=list)
+    """In the order in which they were taken; files of before 2026-11-24, evening, have none."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Figures that only this workload has, such as tokens_per_s."""
 
@@ -84,13 +86,15 @@ class Row:
 
         return Row(**{**asdict(self), "status": "ok", "reason": "", "timer": timing.timer,
                       "rounds": len(timing.seconds), "median_s": median,
+                      "samples_s": [float(f"{s:.6g}") for s in timing.seconds],
                       "p10_s": timing.quantile(0.1), "p90_s": timing.quantile(0.9),
                       "share_of_floor": share(measured), "share_of_assumed_floor": share(assumed),
                       "peak_bytes": peak})
 
     def without_figure(self, status: str, reason: str) -> "Row":
         """This row with the reason why there is no figure."""
-        return Row(**{**asdict(self), "status": status, "reason": reason})
+        return Row(**{**asdict(self), "status": status, "reason": reason, "median_s": None,
+                      "p10_s": None, "p90_s": None, "samples_s": []})
 
 
 def head(topic: str, device: str, measured: Ceilings | None, assumed: Ceilings | None
@@ -136,7 +140,7 @@ def load(path: Path) -> tuple[dict[str, Any], list[Row]]:
         raise ValueError(f"{path}: fields differ by {sorted(set(document) ^ set(HEAD))}")
     names = {f.name for f in fields(Row)}
     for row in document["rows"]:
-        if set(row) != names:
+        if set(row) | {"samples_s"} != names:
             raise ValueError(f"{path}: a row's fields differ by {sorted(set(row) ^ names)}")
     return document, [Row(**row) for row in document["rows"]]
 
@@ -241,14 +245,15 @@ def _figures(row: Row, rows: list[Row]) -> tuple[str, ...]:
             and (r.workload, r.case, r.sizes, r.dtype) == same]
     rate = (f"{row.flops / row.median_s / 1e12:.3g} TFLOP/s" if row.flops
             else f"{row.bytes / row.median_s / 1e9:.3g} GB/s")
-    return (*(_time(s) for s in (row.median_s, row.p10_s, row.p90_s)), rate,
+    return (*(time_text(s) for s in (row.median_s, row.p10_s, row.p90_s)), rate,
             "" if row.share_of_floor is None else f"{row.share_of_floor:.1%}",
             f"{base[0] / row.median_s:.2f}" if base else "",
             "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f} MiB",
             " ".join([*(f"{k}={v}" for k, v in row.sizes.items()), row.dtype]))
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """Three digits and a unit."""
     for unit, factor in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= factor:
             return f"{seconds / factor:.3g} {unit}"
