@@ -182,6 +182,14 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Keep the inputs of each layer only and run it again in backward: a third more arithmetic, a
     fraction of the activations, the same gradients."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters; the model's other weights are then frozen. 0: every weight is
+    trained."""
+    lora_alpha: float = 32.0
+    """What adapters add is scaled by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] | None = None
+    """Projections with adapters as checkpoints spell them, such as q_proj or lm_head; None: every
+    one of the layers."""
     gpu_memory: str | None = None
     """Plan for this much memory, such as 24GiB, 80GB or 900MiB; None: what the device has free."""
     device: str = "auto"
@@ -195,10 +203,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, ("learning_rate", "adam_epsilon", "max_grad_norm",
-                         "max_tokens_per_microbatch", "logging_steps"))
+                         "max_tokens_per_microbatch", "logging_steps", "lora_alpha"))
+        check(self.lora_rank > 0 or self.lora_targets is None, "lora_targets",
+              "null, because lora_rank is 0", self.lora_targets)
         if self.gpu_memory is not None:
             read_bytes(self.gpu_memory, "gpu_memory")
-        _not_negative(self, ("weight_decay", "warmup_steps", "seed"))
+        _not_negative(self, ("weight_decay", "warmup_steps", "seed", "lora_rank"))
         for name in ("adam_beta1", "adam_beta2"):
             check(0 <= getattr(self, name) < 1, name, "a number from 0 to below 1",
                   getattr(self, name))
@@ -349,8 +359,9 @@ class PPOConfig(TrainConfig):
     """Sizes of the rollout engine."""
     max_prompt_tokens: int = 1024
     """Longer prompts are dropped and counted; paper: 1024."""
-    reference: Literal["copy", "none"] = "copy"
-    """KL is measured against a frozen copy; none: no reference is loaded and nothing is measured,
+    reference: Literal["copy", "none", "adapters_off"] = "copy"
+    """KL is measured against a frozen copy; adapters_off: against the policy without its adapters,
+    with `lora_rank` above 0, in no memory; none: no reference is loaded and nothing is measured,
     with `kl_coef` 0."""
     kl_coef: float = 0.02
     """beta, weight of the per-token KL penalty, in units of the reward; paper: 0.02."""
@@ -441,7 +452,10 @@ class PPOConfig(TrainConfig):
               "num_samples_per_prompt",
               f"a divisor of rollout_batch_size ({self.rollout_batch_size})",
               self.num_samples_per_prompt)
-        check(self.reference in ("copy", "none"), "reference", "'copy' or 'none'", self.reference)
+        check(self.reference in ("copy", "none", "adapters_off"), "reference",
+              "'copy', 'none' or 'adapters_off'", self.reference)
+        check(self.reference != "adapters_off" or self.lora_rank > 0, "reference",
+              "'copy' or 'none', because lora_rank is 0", self.reference)
         check(self.critic_trunk in ("own", "reward", "policy"), "critic_trunk",
               "'own', 'reward' or 'policy'", self.critic_trunk)
         if self.reference == "none":

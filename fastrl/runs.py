@@ -343,7 +343,7 @@ class PPORun(PPOConfig):
         check(self.ptx_coef == 0 or bool(self.ptx_data), "ptx_data",
               "text files, because ptx_coef is above 0", self.ptx_data)
         check(self.reference == "copy" or self.reference_model is None, "reference_model",
-              "None, because reference is 'none'", self.reference_model)
+              f"None, because reference is {self.reference!r}", self.reference_model)
         _check_weights(self.source_weights)
         join_parts(self.reward_model, self.reward_function, self.rewards)
 

@@ -28,13 +28,16 @@ def ppo_demand(config: PPOConfig, models: Models, device: Device, longest: int |
     policy, dtype = models.policy, device.dtype
     asked = config.max_prompt_tokens + config.sampling.max_new_tokens
     longest = min(longest or asked, policy.decoder.max_positions)
-    kept = (trained("policy", policy.language_model, config, dtype)
-            | trained("critic", models.critic.scalar_model, config, dtype))
+    critic = models.critic
+    # A critic with adapters has a trunk that it shares: see `trunk_owner`.
+    own_weights = critic.trained_scalar_model if critic.adapters else critic.scalar_model
+    kept = (trained("policy", policy.language_model, policy.trained_language_model, config, dtype)
+            | trained("critic", own_weights, critic.trained_scalar_model, config, dtype))
     width = (models.reward_model or policy if config.critic_trunk == "reward" else policy
              ).decoder.hidden_size
     kept |= head_sizes(config, width, dtype)
     if config.ema_decay is not None:
-        kept["ema"] = sizes.ema_bytes(policy.language_model, dtype)
+        kept["ema"] = sizes.ema_bytes(policy.trained_language_model, dtype)
     if models.reference is not None:
         kept["reference"] = sizes.weight_bytes(models.reference.language_model, dtype)
     if models.reward_model is not None:
@@ -90,9 +93,18 @@ def _scoring(
         forward = sizes.forward_bytes(shape.decoder, device.dtype, tokens)
         scores = (sizes.scoring_bytes if name in ("policy", "reference") else sizes.scalar_bytes)(
             shape.decoder, device.dtype, _num_scored(config, tokens, longest))
-        moments += [Moment(phase, (*needs, name), {**swapped, "activations": forward}),
-                    Moment(phase, (*needs, name), {**swapped, "logits": scores})]
+        needed = (*needs, name, *(trunk_owner(config, models) if name == "critic" else ()))
+        moments += [Moment(phase, needed, {**swapped, "activations": forward}),
+                    Moment(phase, needed, {**swapped, "logits": scores})]
     return moments
+
+
+def trunk_owner(config: PPOConfig, models: Models) -> tuple[str, ...]:
+    """The model on whose frozen trunk a critic with adapters lies; none of another critic."""
+    if not models.critic.adapters or config.critic_trunk != "own":
+        return ()
+    has_owner = config.critic_init == "reward" and models.reward_model is not None
+    return ("reward_model",) if has_owner else ("policy",)
 
 
 def _num_scored(config: PPOConfig, tokens: int, longest: int) -> int:
@@ -107,11 +119,13 @@ def _updates(
     policy, critic, dtype = models.policy, models.critic, device.dtype
     num_scored = tokens if config.ptx_coef > 0 else _num_scored(config, tokens, longest)
     return [
-        *training("policy_update", "policy", policy.language_model, policy, config, device, tokens,
-                   sizes.loss_bytes(policy.decoder, dtype, num_scored),
+        *training("policy_update", "policy", policy.trained_language_model, policy, config, device,
+                   tokens, sizes.loss_bytes(policy.decoder, dtype, num_scored,
+                                            has_frozen_head=policy.has_frozen_head),
                    () if config.ema_decay is None else ("ema",)),
-        *training("critic_update", "critic", critic.scalar_model, critic, config, device, tokens,
-                   sizes.scalar_bytes(critic.decoder, dtype, tokens))]
+        *training("critic_update", "critic", critic.trained_scalar_model, critic, config, device,
+                   tokens, sizes.scalar_bytes(critic.decoder, dtype, tokens),
+                   trunk_owner(config, models))]
 
 
 def _evaluation(
@@ -126,7 +140,8 @@ def _evaluation(
     swapped: dict[str, int] = {}
     if config.ema_decay is not None and config.eval_with_ema:
         needs = ("policy", "ema")
-        swapped = {"swapped": sizes.weight_bytes(models.policy.language_model, device.dtype)}
+        swapped = {"swapped": sizes.weight_bytes(models.policy.trained_language_model,
+                                                 device.dtype)}
     return [
         *_rollout("evaluation", needs, config, models.policy, device, longest, cache | swapped),
         *(moment for moment in _scoring("evaluation", config, models, device, tokens, longest,

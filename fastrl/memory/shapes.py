@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from fastrl.config import TrainConfig
 from fastrl.errors import ModelError
 from fastrl.models.causal_lm import CausalLM, ScalarModel
 from fastrl.models.config import DecoderConfig
-from fastrl.models.decoder import Decoder
-from fastrl.models.folder import WeightFiles, read_raw_config
+from fastrl.models.decoder import Decoder, causal_lm
+from fastrl.models.folder import WeightFiles, model_folder, read_raw_config
+from fastrl.models.heads import ScalarHead
+from fastrl.models.lora import adapt
 from fastrl.models.names import LM_HEAD_NAMES
 from fastrl.models.read_config import NotNativeError, read_config
 from fastrl.models.spec import ModelSpec
@@ -52,18 +56,38 @@ class ModelShape:
     """Elements of each parameter of the trunk, the embedding included."""
     head: tuple[int, ...]
     """Elements of each parameter of the LM head; empty where it is the embedding."""
+    adapters: tuple[int, ...] = ()
+    """Elements of each parameter of the LoRA adapters; where there are some the rest is frozen."""
+    adapter_width: int = 0
+    """Numbers per token that all adapters' first products make."""
+    adapts_head: bool = False
     decoder: DecoderConfig
     """The sizes; of an architecture that runs through transformers those that it shares."""
 
     @property
     def language_model(self) -> tuple[int, ...]:
-        """Elements of each parameter of the trunk with its LM head."""
-        return self.trunk + self.head
+        """Elements of each parameter of the trunk with its LM head and adapters."""
+        return self.trunk + self.head + self.adapters
 
     @property
     def scalar_model(self) -> tuple[int, ...]:
-        """Elements of each parameter of the trunk with a scalar head."""
-        return (*self.trunk, self.decoder.hidden_size)
+        """Elements of each parameter of the trunk with a scalar head and adapters."""
+        return (*self.trunk, self.decoder.hidden_size, *self.adapters)
+
+    @property
+    def trained_language_model(self) -> tuple[int, ...]:
+        """Those of a language model that training changes."""
+        return self.adapters or self.language_model
+
+    @property
+    def trained_scalar_model(self) -> tuple[int, ...]:
+        """Those of a scalar model that training changes: its head always."""
+        return (self.decoder.hidden_size, *self.adapters) if self.adapters else self.scalar_model
+
+    @property
+    def has_frozen_head(self) -> bool:
+        """True where no gradient of an LM head is made."""
+        return bool(self.adapters) and not self.adapts_head
 
 
 def joined(shapes: Sequence[ModelShape]) -> ModelShape:
@@ -94,8 +118,39 @@ def shape_named(name: str) -> ModelShape:
     return shape_of_config(name, read_config(NAMED[name]))
 
 
+def with_adapters(shape: ModelShape, config: TrainConfig, *, has_head: bool = True) -> ModelShape:
+    """The shape with the adapters that a config asks for, unless it has some.
+
+    Args:
+        has_head: Of a language model, whose LM head may be a target.
+    Raises:
+        ConfigError: when a target is no projection of the model.
+    """
+    if config.lora_rank == 0 or shape.adapters:
+        return shape
+    with torch.device("meta"):
+        decoder = Decoder(shape.decoder)
+    model: CausalLM | ScalarModel = causal_lm(decoder)
+    if not has_head:
+        model = ScalarModel(decoder, ScalarHead(nn.Parameter(decoder.embed.weight[0])),
+                            shape.decoder.spec)
+    adapt(model, config)
+    return dataclasses.replace(shape, **_adapters_of(model))
+
+
+def _adapters_of(model: CausalLM | ScalarModel) -> dict[str, Any]:
+    """The fields of a shape that adapters fill."""
+    found = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    return {"adapters": tuple(p.numel() for p in found.values()),
+            "adapter_width": sum(p.shape[0] for name, p in found.items()
+                                 if ".lora_a." in name.lower()),
+            "adapts_head": any(name.startswith("lm_head.") for name in found)}
+
+
 def shape_of_folder(path: str | Path) -> ModelShape:
     """The shape of a checkpoint, from config.json and the headers of its weight files.
+
+    Adapters in a folder are merged when it is loaded: the shape is that of their base.
 
     An LM head in the files counts, also where config.json says that it is the embedding: whether
     the two are equal can only be seen in the weights.
@@ -104,7 +159,8 @@ def shape_of_folder(path: str | Path) -> ModelShape:
         ModelError: when there is no such folder, its files are incomplete, or config.json names no
             sizes.
     """
-    raw, files = read_raw_config(path), WeightFiles(path)
+    folder = model_folder(path)
+    raw, files = read_raw_config(folder), WeightFiles(folder)
     numels = {name: math.prod(files.shape(name)) for name in files.names()}
     try:
         config = read_config(raw)
@@ -124,10 +180,13 @@ def shape_of_folder(path: str | Path) -> ModelShape:
 def shape_of_model(name: str, model: CausalLM | ScalarModel) -> ModelShape:
     """The shape of a model that is there."""
     config = model.backbone.config if isinstance(model.backbone, Decoder) else _like(model.spec)
-    trunk = {id(p): p.numel() for p in model.backbone.parameters()}
-    head = (tuple(p.numel() for p in model.lm_head.parameters() if id(p) not in trunk)
+    trunk = {id(p): p.numel() for name, p in model.backbone.named_parameters()
+             if ".lora_" not in name}
+    head = (tuple(p.numel() for name, p in model.lm_head.named_parameters()
+                  if id(p) not in trunk and not name.startswith("lora_"))
             if isinstance(model, CausalLM) else ())
-    return ModelShape(name=name, trunk=tuple(trunk.values()), head=head, decoder=config)
+    return ModelShape(name=name, trunk=tuple(trunk.values()), head=head, decoder=config,
+                      **_adapters_of(model))
 
 
 def _shape_of_other(path: str, raw: Mapping[str, Any], numels: Mapping[str, int]) -> ModelShape:

@@ -106,6 +106,20 @@ def activation_bytes(
     return num_tokens * (base_bytes(decoder, dtype, device_type=device_type) + left + gradients)
 
 
+def adapter_bytes(
+    decoder: DecoderConfig, dtype: torch.dtype, num_tokens: int, width: int
+) -> int:
+    """Bytes that LoRA adapters add to forward and backward through a trunk.
+
+    Args:
+        width: Numbers per token of all first products, which are kept; 0: no adapters. One scaled
+            gradient of the widest matrix passes through.
+    """
+    heads = decoder.num_heads + 2 * decoder.num_kv_heads
+    widest = max(heads * decoder.head_dim, decoder.intermediate_size * (1 + decoder.gated_mlp))
+    return num_tokens * dtype.itemsize * (width + widest) if width else 0
+
+
 def forward_bytes(decoder: DecoderConfig, dtype: torch.dtype, num_tokens: int) -> int:
     """Most bytes that a pass without gradient holds: those of one layer."""
     e, w, D = dtype.itemsize, wide_dtype(dtype).itemsize, decoder.hidden_size
@@ -121,7 +135,9 @@ def _chunk_bytes(decoder: DecoderConfig, num_rows: int, itemsize: int) -> int:
     return 2 * min(max(1, CHUNK_BYTES // row), num_rows) * row
 
 
-def loss_bytes(decoder: DecoderConfig, dtype: torch.dtype, num_rows: int) -> int:
+def loss_bytes(
+    decoder: DecoderConfig, dtype: torch.dtype, num_rows: int, *, has_frozen_head: bool = False
+) -> int:
     """Most bytes of `linear_policy_loss` or `linear_cross_entropy` over M rows, with gradient.
 
     Forward: the gradient of the head in float32, a float32 copy of a half-precision head, two
@@ -131,11 +147,15 @@ def loss_bytes(decoder: DecoderConfig, dtype: torch.dtype, num_rows: int) -> int
     head = decoder.vocab_size * decoder.hidden_size
     rows = num_rows * decoder.hidden_size * (2 * e + w)
     forward = (head * w if e != w else 0) + _chunk_bytes(decoder, num_rows, w)
+    if has_frozen_head:
+        return rows + forward
     backward = head * w + (head * e if e != w else 0)
     return rows + head * w + max(forward, backward)
 
 
-def logprob_bytes(decoder: DecoderConfig, dtype: torch.dtype, num_rows: int) -> int:
+def logprob_bytes(
+    decoder: DecoderConfig, dtype: torch.dtype, num_rows: int, *, has_frozen_head: bool = False
+) -> int:
     """Most bytes of `linear_logprobs` over M rows, with gradient.
 
     Backward: a half-precision head in float32, two buffers of a chunk, the gradient of the head in
@@ -144,7 +164,10 @@ def logprob_bytes(decoder: DecoderConfig, dtype: torch.dtype, num_rows: int) -> 
     e, w = dtype.itemsize, wide_dtype(dtype).itemsize
     head = decoder.vocab_size * decoder.hidden_size
     rows = num_rows * decoder.hidden_size * (2 * e + w)
-    return rows + head * w + (head * (w + e) if e != w else 0) + _chunk_bytes(decoder, num_rows, w)
+    chunk = _chunk_bytes(decoder, num_rows, w)
+    if has_frozen_head:
+        return rows + (head * w if e != w else 0) + chunk
+    return rows + head * w + (head * (w + e) if e != w else 0) + chunk
 
 
 def scoring_bytes(decoder: DecoderConfig, dtype: torch.dtype, num_rows: int) -> int:

@@ -9,7 +9,7 @@ from fastrl.memory import sizes
 from fastrl.memory.advice import Advisor
 from fastrl.memory.plan import Demand, MemoryPlan, Moment, solve
 from fastrl.memory.ppo_demand import Models, ppo_demand
-from fastrl.memory.shapes import ModelShape
+from fastrl.memory.shapes import ModelShape, with_adapters
 from fastrl.memory.training import Device, trained, training
 
 Config = TypeVar("Config", SFTConfig, RewardConfig, DPOConfig, PPOConfig)
@@ -23,6 +23,7 @@ def plan_sft(
     Args:
         longest: Tokens of the longest example; None: `max_seq_tokens`.
     """
+    model = with_adapters(model, config)
     return _plan(config, device, longest, lambda c, row: _sft(c, model, device, row))
 
 
@@ -35,6 +36,7 @@ def plan_reward(
         longest: Tokens of all completions of the prompt with the most; None: of two completions of
             `max_seq_tokens` each.
     """
+    model = with_adapters(model, config, has_head=False)
     return _plan(config, device, longest, lambda c, row: _reward(c, model, device, row))
 
 
@@ -50,6 +52,7 @@ def plan_dpo(
         longest: Tokens of the prompt and all completions of the largest ranking; None: of two
             completions of `max_seq_tokens` each.
     """
+    policy = with_adapters(policy, config)
     return _plan(config, device, longest, lambda c, row: _dpo(c, policy, reference, device, row))
 
 
@@ -66,10 +69,13 @@ def plan_ppo(
         longest: Tokens of the longest prompt with its response; None: as the settings allow.
     """
     reward_model = (reward_model or policy) if has_reward_model else None
-    critic = critic or (reward_model if config.critic_init == "reward" else None) or policy
+    critic = critic or with_adapters(
+        (reward_model if config.critic_init == "reward" else None) or policy, config,
+        has_head=False)
+    policy = with_adapters(policy, config)
 
     def demand(changed: PPOConfig, row: int | None) -> Demand:
-        has_reference = changed.reference != "none"
+        has_reference = changed.reference == "copy"  # with adapters off it is the policy
         return ppo_demand(changed, Models(policy, critic, reward_model,
                                           (reference or policy) if has_reference else None),
                           device, row)
@@ -94,46 +100,50 @@ def _plan(
 
 def _sft(config: SFTConfig, model: ModelShape, device: Device, longest: int | None) -> Demand:
     """Weights, optimiser and one microbatch at a time."""
-    numels, dtype = model.language_model, device.dtype
+    learned, dtype = model.trained_language_model, device.dtype
     longest = min(longest or config.max_seq_tokens, model.decoder.max_positions)
 
     def moments(tokens: int, pages: int) -> list[Moment]:
         row = config.max_seq_tokens if config.packing else longest
         tokens = min(tokens, config.batch_size * row)
-        return training("update", "policy", numels, model, config, device, tokens,
-                         sizes.loss_bytes(model.decoder, dtype, tokens),
+        return training("update", "policy", learned, model, config, device, tokens,
+                         sizes.loss_bytes(model.decoder, dtype, tokens,
+                                          has_frozen_head=model.has_frozen_head),
                          has_dropout=config.residual_dropout > 0)
 
-    return Demand(kept=trained("policy", numels, config, dtype), moments=moments,
+    return Demand(kept=trained("policy", model.language_model, learned, config, dtype),
+                  moments=moments,
                   max_tokens=config.max_tokens_per_microbatch, min_tokens=longest)
 
 
 def _reward(config: RewardConfig, model: ModelShape, device: Device, longest: int | None) -> Demand:
     """The same with a scalar head; all completions of a prompt are one row."""
-    numels, dtype = model.scalar_model, device.dtype
+    learned, dtype = model.trained_scalar_model, device.dtype
     longest = longest or 2 * min(config.max_seq_tokens, model.decoder.max_positions)
 
     def moments(tokens: int, pages: int) -> list[Moment]:
         tokens = min(tokens, config.batch_size * longest)
-        return training("update", "reward_model", numels, model, config, device, tokens,
+        return training("update", "reward_model", learned, model, config, device, tokens,
                          sizes.scalar_bytes(model.decoder, dtype, tokens))
 
-    return Demand(kept=trained("reward_model", numels, config, dtype), moments=moments,
+    return Demand(kept=trained("reward_model", model.scalar_model, learned, config, dtype),
+                  moments=moments,
                   max_tokens=config.max_tokens_per_microbatch, min_tokens=longest)
 
 
 def _dpo(config: DPOConfig, model: ModelShape, reference: ModelShape | None, device: Device,
          longest: int | None) -> Demand:
     """The reference's log-probs once, before there is an optimiser; then the policy's steps."""
-    numels, decoder, dtype = model.language_model, model.decoder, device.dtype
+    learned, decoder, dtype = model.trained_language_model, model.decoder, device.dtype
     longest = longest or 2 * min(config.max_seq_tokens, decoder.max_positions)
-    optimizer = {"policy_optimizer": sizes.optimizer_bytes(numels, dtype,
+    optimizer = {"policy_optimizer": sizes.optimizer_bytes(learned, dtype,
                                                            config.optimizer_moments)}
 
     def moments(tokens: int, pages: int) -> list[Moment]:
         rows = min(tokens, config.batch_size * longest)
-        update = training("update", "policy", numels, model, config, device, rows,
-                          sizes.logprob_bytes(decoder, dtype, rows))
+        update = training("update", "policy", learned, model, config, device, rows,
+                          sizes.logprob_bytes(decoder, dtype, rows,
+                                              has_frozen_head=model.has_frozen_head))
         update = [dataclasses.replace(moment, passing={**moment.passing, **optimizer})
                   for moment in update]
         if config.reference == "none":
@@ -147,5 +157,5 @@ def _dpo(config: DPOConfig, model: ModelShape, reference: ModelShape | None, dev
             Moment("scoring", ("policy",), second | {
                 "logits": sizes.scoring_bytes(source, dtype, tokens)}), *update]
 
-    return Demand(kept={"policy": sizes.weight_bytes(numels, dtype)}, moments=moments,
+    return Demand(kept={"policy": sizes.weight_bytes(model.language_model, dtype)}, moments=moments,
                   max_tokens=config.max_tokens_per_microbatch, min_tokens=longest)

@@ -24,11 +24,12 @@ class Device:
 
 
 def trained(
-    name: str, numels: Sequence[int], config: TrainConfig, dtype: torch.dtype
+    name: str, numels: Sequence[int], learned: Sequence[int], config: TrainConfig,
+    dtype: torch.dtype,
 ) -> dict[str, int]:
-    """Bytes of a model that learns: weights and optimiser."""
+    """Bytes of a model that learns: its weights, and the optimiser of those that change."""
     return {name: sizes.weight_bytes(numels, dtype),
-            f"{name}_optimizer": sizes.optimizer_bytes(numels, dtype, config.optimizer_moments)}
+            f"{name}_optimizer": sizes.optimizer_bytes(learned, dtype, config.optimizer_moments)}
 
 
 def training(
@@ -39,6 +40,7 @@ def training(
 
     Args:
         name: What the residents' names begin with.
+        numels: Of the weights that change.
         tokens: Of a microbatch.
         loss: Bytes of what the head makes.
         also: What else the step needs on the device.
@@ -49,6 +51,7 @@ def training(
     activations = sizes.activation_bytes(
         shape.decoder, dtype, tokens, device_type=device.type,
         is_checkpointed=config.activation_checkpointing, has_dropout=has_dropout)
+    activations += sizes.adapter_bytes(shape.decoder, dtype, tokens, shape.adapter_width)
     scratch = sizes.scratch_bytes(numels, dtype, config.optimizer_moments, device_type=device.type)
     return [Moment(phase, needs, gradients | {"activations": activations, "logits": loss}),
             Moment(phase, needs, gradients | {"scratch": scratch})]

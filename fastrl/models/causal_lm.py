@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastrl.models.attention import Attention
 from fastrl.models.heads import LMHead, ScalarHead
-from fastrl.models.spec import ModelSpec
+from fastrl.models.spec import Adapters, ModelSpec
 
 
 class CausalLM(nn.Module):
@@ -23,6 +23,10 @@ class CausalLM(nn.Module):
     def __init__(self, backbone: nn.Module, lm_head: LMHead, spec: ModelSpec) -> None:
         super().__init__()
         self.backbone, self.lm_head, self.spec = backbone, lm_head, spec
+        self.adapters: Adapters | None = None
+        """See fastrl.models.lora."""
+        self.folder: str | None = None
+        """Where it was loaded from."""
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Hidden states of packed tokens.
@@ -50,6 +54,10 @@ class ScalarModel(nn.Module):
     def __init__(self, backbone: nn.Module, head: ScalarHead, spec: ModelSpec) -> None:
         super().__init__()
         self.backbone, self.head, self.spec = backbone, head, spec
+        self.adapters: Adapters | None = None
+        """See fastrl.models.lora."""
+        self.folder: str | None = None
+        """Where the trunk was loaded from."""
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """[N] float32, the number at each token, bias included. Arguments as in `CausalLM`."""
@@ -77,4 +85,6 @@ def scalar_from_causal(
         weight.normal_(0, (model.spec.hidden_size + 1) ** -0.5, generator=generator)
     like = model.lm_head.weight
     head = ScalarHead(nn.Parameter(weight.to(like.device, like.dtype)))
-    return ScalarModel(backbone, head, model.spec).train(model.training)
+    scalar = ScalarModel(backbone, head, model.spec).train(model.training)
+    scalar.folder = model.folder
+    return scalar

@@ -4,6 +4,7 @@ N packed tokens, D width, Hq and Hk query and KV heads, C channels per head, R r
 Sums and casts are in transformers' order, so that logits agree to rounding.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -204,6 +205,10 @@ class Decoder(nn.Module):
         self.rotary = None if learned else Rotary(config)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.final_norm = _norm(config)
+
+    def untie(self) -> None:
+        """From now on the LM head is a matrix of its own, which the caller makes."""
+        self.config = dataclasses.replace(self.config, tie_embeddings=False)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """[N, D], final norm applied; see `CausalLM.forward`."""

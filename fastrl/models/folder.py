@@ -13,6 +13,7 @@ from fastrl.errors import ModelError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja",
@@ -66,6 +67,41 @@ def read_raw_config(path: str | Path) -> dict[str, Any]:
         if generation.get("eos_token_id") is not None:
             raw["eos_token_id"] = generation["eos_token_id"]
     return raw
+
+
+def is_adapter_folder(path: str | Path) -> bool:
+    """True for a folder of adapters, which names its base model and holds none."""
+    folder = Path(path)
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def base_folder(path: str | Path) -> Path:
+    """The folder that the adapters in `path` were trained on, which may hold adapters too.
+
+    Raises:
+        ModelError: when it is not on this disk.
+    """
+    name = read_json(Path(path) / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not Path(name).is_dir():
+        raise ModelError(f"{path}: expected base_model_name_or_path in {ADAPTER_CONFIG} to be a "
+                         f"local folder, got {name!r}; write there where the base model is now")
+    return Path(name)
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder that holds config.json and weights: `path`, or the base of the adapters in it.
+
+    Raises:
+        ModelError: when a base is not on this disk, or adapters are each other's base.
+    """
+    folder, seen = Path(path), set[Path]()
+    while is_adapter_folder(folder):
+        seen.add(folder.resolve())
+        folder = base_folder(folder)
+        if folder.resolve() in seen:
+            raise ModelError(f"{path}: expected a base model, got adapters whose base is "
+                             f"themselves; correct base_model_name_or_path in {ADAPTER_CONFIG}")
+    return folder
 
 
 def dtype_named(name: str) -> torch.dtype:
@@ -175,7 +211,8 @@ def write_weights(
         shards[-1][name] = tensor.detach().to("cpu").contiguous()
         size += num_bytes
         total += num_bytes
-    for stale in [*folder.glob("model*.safetensors"), folder / INDEX_NAME]:
+    for stale in [*folder.glob("model*.safetensors"), folder / INDEX_NAME,
+                  folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS]:
         stale.unlink(missing_ok=True)
     files = [SINGLE_NAME] if len(shards) == 1 else [
         f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]

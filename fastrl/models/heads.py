@@ -40,6 +40,7 @@ class LMHead(nn.Module):
     """
 
     weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()

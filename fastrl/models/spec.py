@@ -25,6 +25,17 @@ class ModelSpec:
     """Tokens that end a text; empty when the checkpoint names none."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapters:
+    """The LoRA adapters that a model has."""
+
+    rank: int
+    alpha: float
+    """What adapters add is scaled by alpha / rank."""
+    targets: tuple[str, ...]
+    """Adapted projections as checkpoints spell them, such as q_proj."""
+
+
 def check_tokenizer(spec: ModelSpec, num_token_ids: int) -> None:
     """Refuse a tokenizer that can produce ids the model has no embedding for.
 

@@ -3,7 +3,6 @@
 No pickle is read and no code of a checkpoint runs. What is saved here loads in transformers.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,15 +11,34 @@ from torch import Tensor, nn
 
 import fastrl.models.hf as hf
 from fastrl.errors import ModelError
+from fastrl.models.adapter_files import merge_adapters, read_adapter_tensors, save_adapters
 from fastrl.models.causal_lm import CausalLM, ScalarModel
 from fastrl.models.config import DecoderConfig
 from fastrl.models.decoder import Decoder, causal_lm, empty_decoder
 from fastrl.models.families import CAUSAL_CLASSES, SCALAR_CLASSES
+from fastrl.models.fit import (
+    REWARD_BIAS_KEY,
+    check_fit,
+    class_name,
+    fill,
+    fill_trunk,
+    located_trunk,
+    refuse_classifier,
+    refuse_many_labels,
+    reward_bias,
+    without_false_tie,
+)
 from fastrl.models.folder import (
+    ADAPTER_CONFIG,
+    INDEX_NAME,
     SavesTokenizer,
     WeightFiles,
+    base_folder,
     dtype_named,
+    is_adapter_folder,
+    model_folder,
     padding_id,
+    read_json,
     read_raw_config,
     write_json,
     write_tokenizer,
@@ -28,7 +46,6 @@ from fastrl.models.folder import (
 )
 from fastrl.models.heads import ScalarHead
 from fastrl.models.names import (
-    IGNORED_SUFFIXES,
     LM_HEAD_NAMES,
     TRUNK_PREFIX,
     Source,
@@ -40,7 +57,6 @@ from fastrl.models.write_config import write_config
 Implementation = Literal["auto", "native", "transformers"]
 
 MAX_SHARD_BYTES = 5 * 10**9
-REWARD_BIAS_KEY = "fastrl_reward_bias"
 
 
 def load_causal_lm(
@@ -50,7 +66,8 @@ def load_causal_lm(
     """A language model from a Hugging Face folder, in eval mode.
 
     Args:
-        path: Local folder with config.json and safetensors weights.
+        path: Local folder with config.json and safetensors weights, or with adapters in peft's
+            format, which are merged into their base model.
         dtype: float32, bfloat16 or float64, whatever the files hold.
         device: Where the model lives.
         implementation: `auto` takes the native decoder where it computes what the config asks
@@ -59,8 +76,21 @@ def load_causal_lm(
         ModelError: when the folder is not a language model, is incomplete or damaged, holds only
             pickled weights, or cannot be run by the implementation asked for.
     """
+    if is_adapter_folder(path):
+        model = load_causal_lm(_base(path), dtype, device, implementation)
+        merge_adapters(model, path)
+    else:
+        model = _load_causal_lm(path, dtype, device, implementation)
+    model.folder = str(path)
+    return model
+
+
+def _load_causal_lm(
+    path: str | Path, dtype: str, device: torch.device | str, implementation: Implementation
+) -> CausalLM:
+    """`load_causal_lm` of a folder with weights."""
     raw = read_raw_config(path)
-    _refuse_classifier(raw, path)
+    refuse_classifier(raw, path)
     config = _native_config(raw, implementation)
     if config is None:
         return hf.load_causal_lm(path, raw, dtype_named(dtype), device)
@@ -68,14 +98,14 @@ def load_causal_lm(
     head_names = [n for n in dict.fromkeys((LM_HEAD_NAMES[config.family], "lm_head.weight"))
                   if n in files.names()]
     head_name = head_names[0] if head_names else LM_HEAD_NAMES[config.family]
-    config = _without_false_tie(config, files, head_name)
-    trunk = _located_trunk(config, files)
+    config = without_false_tie(config, files, head_name)
+    trunk = located_trunk(config, files)
     head = {} if config.tie_embeddings else {head_name: [config.vocab_size, config.hidden_size]}
-    _check_fit(config, trunk, head, files, also_known=set(head_names))
+    check_fit(config, trunk, head, files, also_known=set(head_names))
     model = causal_lm(empty_decoder(config, dtype_named(dtype), device))
-    _fill_trunk(model.backbone, trunk, files)
+    fill_trunk(model.backbone, trunk, files)
     if not config.tie_embeddings:
-        _fill(model.lm_head.weight, Source((head_name,)), files)
+        fill(model.lm_head.weight, Source((head_name,)), files)
     return model.eval()
 
 
@@ -91,26 +121,50 @@ def load_scalar_model(
     Raises:
         ModelError: as `load_causal_lm`, and when the model has no head with one output.
     """
+    if is_adapter_folder(path):
+        return _load_adapted_scalar(path, dtype, device, implementation)
     raw = read_raw_config(path)
-    bias = raw.get(REWARD_BIAS_KEY, 0.0)
-    if isinstance(bias, bool) or not isinstance(bias, (int, float)):
-        raise ModelError(f"{path}: {REWARD_BIAS_KEY}: expected a number, got {bias!r}; correct "
-                         "config.json")
-    _refuse_many_labels(raw, path)
+    bias = reward_bias(raw, path)
+    refuse_many_labels(raw, path)
     config = _native_config(raw, implementation)
     if config is None:
-        return hf.load_scalar_model(path, raw, dtype_named(dtype), device, float(bias))
+        return hf.load_scalar_model(path, raw, dtype_named(dtype), device, bias)
     files = WeightFiles(path)
     if "score.weight" not in files.names():
         raise ModelError(f"{path}: expected a reward model with a scalar head (score.weight), got "
-                         f"a {_class_name(raw)} without one; train a reward model first")
-    trunk = _located_trunk(config, files)
-    _check_fit(config, trunk, {"score.weight": [1, config.hidden_size]}, files,
+                         f"a {class_name(raw)} without one; train a reward model first")
+    trunk = located_trunk(config, files)
+    check_fit(config, trunk, {"score.weight": [1, config.hidden_size]}, files,
                also_known={"lm_head.weight", LM_HEAD_NAMES[config.family]})
     backbone = empty_decoder(config, dtype_named(dtype), device)
-    _fill_trunk(backbone, trunk, files)
+    fill_trunk(backbone, trunk, files)
     weight = files.read("score.weight")[0].to(device, dtype_named(dtype), copy=True)
-    return ScalarModel(backbone, ScalarHead(nn.Parameter(weight), float(bias)), config.spec).eval()
+    return ScalarModel(backbone, ScalarHead(nn.Parameter(weight), bias), config.spec).eval()
+
+
+def _load_adapted_scalar(
+    path: str | Path, dtype: str, device: torch.device | str, implementation: Implementation
+) -> ScalarModel:
+    """A scalar model from adapters on a language model's trunk, and a head beside them."""
+    tensors = read_adapter_tensors(path)
+    weight = tensors.get("score.weight")
+    base = load_causal_lm(_base(path), dtype, device, implementation)
+    if weight is None or list(weight.shape) != [1, base.spec.hidden_size]:
+        raise ModelError(f"{path}: expected adapters of a reward model with a scalar head "
+                         f"score.weight [1, {base.spec.hidden_size}], got "
+                         f"{'none' if weight is None else list(weight.shape)}; train a reward "
+                         "model first")
+    head = ScalarHead(nn.Parameter(weight[0].to(device, dtype_named(dtype), copy=True)),
+                      reward_bias(read_json(Path(path) / ADAPTER_CONFIG), path))
+    model = ScalarModel(base.backbone, head, base.spec).eval()
+    merge_adapters(model, path)
+    return model
+
+
+def _base(path: str | Path) -> Path:
+    """The base of an adapter folder, once it is known to lead to weights."""
+    model_folder(path)
+    return base_folder(path)
 
 
 def save_causal_lm(
@@ -118,6 +172,8 @@ def save_causal_lm(
     *, max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a language model as a Hugging Face folder that transformers reads.
+
+    Of a model with adapters these alone are written, as peft reads them.
 
     Args:
         model: Native or through transformers.
@@ -129,7 +185,9 @@ def save_causal_lm(
         ModelError: when the decoder is not one that its family's config.json can describe.
     """
     target = Path(path)
-    if isinstance(model.backbone, hf.HFBackbone):
+    if model.adapters is not None:
+        _write_adapters(model, target)
+    elif isinstance(model.backbone, hf.HFBackbone):
         target.mkdir(parents=True, exist_ok=True)
         hf.save_causal_lm(model, target, max_shard_bytes)
     else:
@@ -151,13 +209,16 @@ def save_scalar_model(
 
     `num_labels` is 1 and the reward shift is the key `fastrl_reward_bias`. Arguments as in
     `save_causal_lm`. transformers reads the score at the last token that is not `pad_token_id`,
-    so a padding token that also ends texts is replaced by one that does not.
+    so a padding token that also ends texts is replaced by one that does not. Of a model with
+    adapters these and the head are written, as peft reads them.
     """
     target, bias = Path(path), float(model.head.bias)
     extra: dict[str, Any] = {
         "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, REWARD_BIAS_KEY: bias,
     }
-    if isinstance(model.backbone, hf.HFBackbone):
+    if model.adapters is not None:
+        _write_adapters(model, target)
+    elif isinstance(model.backbone, hf.HFBackbone):
         target.mkdir(parents=True, exist_ok=True)
         hf.save_scalar_model(model, target, extra, max_shard_bytes)
     else:
@@ -186,85 +247,11 @@ def _native_config(raw: dict[str, Any], implementation: Implementation) -> Decod
         return None
 
 
-def _class_name(raw: dict[str, Any]) -> str:
-    names = raw.get("architectures")
-    return str(names[0] if isinstance(names, list) and names else raw.get("model_type"))
-
-
-def _refuse_classifier(raw: dict[str, Any], path: str | Path) -> None:
-    if _class_name(raw).endswith("ForSequenceClassification"):
-        raise ModelError(f"{path}: expected a language model, got a {_class_name(raw)}, which has "
-                         "no LM head; use it as reward_model, or give a language model")
-
-
-def _refuse_many_labels(raw: dict[str, Any], path: str | Path) -> None:
-    if not _class_name(raw).endswith("ForSequenceClassification"):
-        raise ModelError(
-            f"{path}: expected a reward model (<Family>ForSequenceClassification with a scalar "
-            f"head), got a {_class_name(raw)}; train a reward model first, or give its folder")
-    labels = raw.get("id2label")
-    count = len(labels) if isinstance(labels, dict) else raw.get("num_labels", 2)
-    if count != 1:
-        raise ModelError(f"{path}: expected a reward model with num_labels 1, got {count} labels; "
-                         "a classifier is not a reward model")
-
-
 def _decoder(model: CausalLM | ScalarModel) -> Decoder:
     if not isinstance(model.backbone, Decoder):
         raise ModelError(f"expected a model with a Decoder or HFBackbone, got a backbone of type "
                          f"{type(model.backbone).__name__}; save it with its own library")
     return model.backbone
-
-
-def _without_false_tie(config: DecoderConfig, files: WeightFiles, head_name: str) -> DecoderConfig:
-    """Like transformers: a head that is there and differs from the embedding is not tied."""
-    names = [name for name in files.names() if name.endswith(("embed_tokens.weight", "wte.weight",
-                                                              "embed_in.weight"))]
-    if not config.tie_embeddings or head_name not in files.names() or len(names) != 1:
-        return config
-    tied = torch.equal(files.read(names[0]), files.read(head_name))
-    return config if tied else dataclasses.replace(config, tie_embeddings=False)
-
-
-def _located_trunk(config: DecoderConfig, files: WeightFiles) -> dict[str, Source]:
-    """Sources of the trunk's parameters under the names that these files use."""
-    prefix = TRUNK_PREFIX[config.family]
-    if not any(name.startswith(prefix) for name in files.names()):
-        prefix = ""  # saved without a head
-    return {native: dataclasses.replace(source, names=tuple(prefix + n for n in source.names))
-            for native, source in trunk_sources(config).items()}
-
-
-def _check_fit(
-    config: DecoderConfig, trunk: dict[str, Source], head: dict[str, list[int]],
-    files: WeightFiles, also_known: set[str],
-) -> None:
-    """Everything missing, unexpected or misshapen in one error, before memory is taken."""
-    with torch.device("meta"):
-        shapes = {native: p.shape for native, p in Decoder(config).named_parameters()}
-    expected = head | {name: shape for native, source in trunk.items() for name, shape in
-                       zip(source.names, source.shapes(shapes[native]), strict=True)}
-    present = files.names()
-    problems = [f"missing {name}" for name in expected if name not in present]
-    problems += [f"unexpected {name}" for name in sorted(present - set(expected) - also_known)
-                 if not name.endswith(IGNORED_SUFFIXES)]
-    problems += [f"{name} has shape {files.shape(name)}, expected {shape}"
-                 for name, shape in expected.items()
-                 if name in present and files.shape(name) != shape]
-    if problems:
-        shown = "; ".join(problems[:6]) + ("; ..." if len(problems) > 6 else "")
-        raise ModelError(f"{files.folder}: the weights do not fit config.json, {len(problems)} "
-                         f"differences: {shown}; use the config.json that belongs to them")
-
-
-@torch.no_grad()
-def _fill(parameter: nn.Parameter, source: Source, files: WeightFiles) -> None:
-    parameter.copy_(source.merge([files.read(name) for name in source.names]))
-
-
-def _fill_trunk(backbone: nn.Module, trunk: dict[str, Source], files: WeightFiles) -> None:
-    for native, parameter in backbone.named_parameters():
-        _fill(parameter, trunk[native], files)
 
 
 def _trunk_tensors(decoder: Decoder) -> dict[str, Tensor]:
@@ -277,6 +264,14 @@ def _trunk_tensors(decoder: Decoder) -> dict[str, Tensor]:
         for name, tensor in zip(source.names, source.split(parameters[native].detach()),
                                 strict=True)
     }
+
+
+def _write_adapters(model: CausalLM | ScalarModel, target: Path) -> None:
+    """Adapters in a folder that holds no other weights."""
+    target.mkdir(parents=True, exist_ok=True)
+    for stale in [*target.glob("model*.safetensors"), target / INDEX_NAME, target / "config.json"]:
+        stale.unlink(missing_ok=True)
+    save_adapters(model, target)
 
 
 def _write_folder(

@@ -20,7 +20,7 @@ from fastrl.data import (
     word_tokenizer,
 )
 from fastrl.labelers import find_labeler
-from fastrl.models.folder import WeightFiles, read_raw_config
+from fastrl.models.folder import WeightFiles, model_folder, read_raw_config
 from fastrl.stages.rewards import check_rewards
 
 _UNLIMITED = 1 << 62
@@ -61,8 +61,9 @@ def _check_text(path: str) -> None:
 
 
 def _check_model(path: str) -> None:
-    read_raw_config(path)
-    WeightFiles(path)
+    folder = model_folder(path)
+    read_raw_config(folder)
+    WeightFiles(folder)
 
 
 @functools.cache

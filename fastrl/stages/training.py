@@ -208,7 +208,7 @@ def ppo(run: PPORun, open_folder: OpenFolder, console: Console) -> None:
     windows = load_text_files(run.ptx_data, encoder, run.ptx_window_tokens)
     held_out_windows = load_text_files(run.eval_ptx_data, encoder, run.ptx_window_tokens)
     policy = load_policy(run.model_name_or_path, run, encoder)
-    reference = None if run.reference == "none" else load_policy(
+    reference = None if run.reference != "copy" else load_policy(
         run.reference_model or run.model_name_or_path, run, encoder)
     scorer = load_scorer(
         join_parts(run.reward_model, run.reward_function, run.rewards), run, encoder,

@@ -23,6 +23,7 @@ from fastrl.memory.shapes import shape_of_model
 from fastrl.memory.stages import plan_dpo
 from fastrl.metrics import PhaseTimer, RunFolder, peak_memory_gib
 from fastrl.models.causal_lm import CausalLM
+from fastrl.models.lora import adapt
 from fastrl.optim import AdamW, Schedule
 from fastrl.out_of_memory import PassBudget
 from fastrl.packing import split_by_tokens
@@ -86,6 +87,7 @@ class DPOTrainer:
         run: RunFolder | None = None,
     ) -> None:
         self.policy, self.run = policy, run
+        adapt(policy, config)
         for index, comparison in enumerate((*train, *eval)):
             check_comparison(comparison, index)
             if min(map(len, comparison.completions)) == 0:

@@ -24,6 +24,7 @@ from fastrl.memory.measure import MemoryWatch
 from fastrl.memory.residents import Residents, tensors_of
 from fastrl.metrics import PhaseTimer, RunFolder
 from fastrl.models.causal_lm import CausalLM, ScalarModel
+from fastrl.models.lora import adapt, without_adapters
 from fastrl.ops import shape_rewards
 from fastrl.rewards import Scorer, TextDecoder, adjust_scores, reward_models, score_metrics
 from fastrl.trainers.budget import TokenBudget
@@ -54,6 +55,7 @@ from fastrl.trainers.ppo_trunks import (
     check_trunk,
     critic_weights,
     read_critic,
+    reference_part,
     resident_parts,
 )
 from fastrl.trainers.ppo_update import PPOBatch, batch_metrics, unpack_sequences
@@ -73,7 +75,7 @@ class PPOTrainer:
         config: Settings; the paper's values are the defaults.
         policy: Trained in place; the engine samples from these same weights.
         reference: Frozen; KL is measured against it. It must not share weights with the policy.
-            None where `config.reference` is "none".
+            None where `config.reference` is "none" or "adapters_off".
         critic: Trained in place; see `fastrl.trainers.ppo_trunks.initial_critic`.
         scorer: `scorer(rollout) -> [B]`, one score per response.
         prompts: Drawn by seeded permutations, each prompt once per pass.
@@ -103,6 +105,7 @@ class PPOTrainer:
         run: RunFolder | None = None,
         encoder: TextDecoder | None = None,
     ) -> None:
+        adapt(policy, config)
         models: dict[str, CausalLM | ScalarModel] = {"policy": policy, "critic": critic}
         if reference is not None:
             models["reference"] = reference.eval().requires_grad_(False)
@@ -120,7 +123,8 @@ class PPOTrainer:
         self.memory = MemoryWatch(plan, policy.lm_head.weight.device, weights, run)
         self.config, self.scorer, self.run = config, scorer, run
         self.policy, self.critic = policy.eval(), critic.eval()
-        self.reference = reference
+        self.reference = (without_adapters(policy) if config.reference == "adapters_off"
+                          else reference)
         for model in (policy, critic):
             prepare_backbone(model, config)
         self.budget = TokenBudget(config)
@@ -145,7 +149,7 @@ class PPOTrainer:
         self.residents.parts["critic_optimizer"] = (
             lambda: self.critic_learner.optimizer.state_dict().values())
         self.evaluation = Evaluation(
-            config, self.engine, policy, reference, scorer, self.weights, self.residents,
+            config, self.engine, policy, self.reference, scorer, self.weights, self.residents,
             self.eval_prompts, eval_ptx, run, encoder)
         self.kl_controller = make_kl_controller(config.kl_controller, config.kl_coef,
                                                 config.kl_target, config.kl_horizon)
@@ -218,7 +222,7 @@ class PPOTrainer:
             old_logprobs, gap_metrics = self._old_logprobs(rollout)
         ref_logprobs = None
         if self.reference is not None:
-            with self._phase(timer, "scoring", "reference"):
+            with self._phase(timer, "scoring", reference_part(config)):
                 ref_logprobs = update_logprobs(self.reference, rollout, config)
         with self._phase(timer, "scoring", *SCORING_PARTS[config.critic_trunk]):
             values, raw_scores, critic_states = read_critic(

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastrl.config import PPOConfig
 from fastrl.errors import ConfigError, DataError, ModelError, NumericsError
 from fastrl.models.causal_lm import CausalLM, ScalarModel
+from fastrl.models.lora import trained_parameters
 from fastrl.types import Prompt, Rollout, TokenExample
 
 logger = logging.getLogger("fastrl")
@@ -25,7 +26,7 @@ def check_models(
 
     Args:
         models: By name: "policy", "critic", perhaps "reference" and more scalar models.
-        critic_weights: What the critic has to have alone: not the trunk that it may share.
+        critic_weights: What the critic has to have alone: not a trunk that it shares.
     Raises:
         ModelError: when the vocabularies cannot belong to one tokenizer. Critic and reward model
             may have up to 512 more embedding rows than the policy.
@@ -35,7 +36,8 @@ def check_models(
     weights: dict[str, Sequence[Tensor]] = {
         name: list(model.parameters()) for name, model in models.items()}
     weights["critic"] = critic_weights
-    trained = {id(p): name for name in ("policy", "critic") for p in weights[name]}
+    trained = {id(p): name for name, own in (("policy", trained_parameters(models["policy"])),
+                                             ("critic", critic_weights)) for p in own}
     for name, model in models.items():
         spare_rows = 0 if name == "reference" else MAX_PADDING_ROWS
         if not 0 <= model.spec.vocab_size - vocab_size <= spare_rows:
@@ -61,9 +63,9 @@ def check_settings(
             without text, or no response could ever stop although responses that do not stop get a
             penalty instead of their score.
     """
-    if (config.reference == "none") != (reference is None):
+    if (config.reference != "copy") != (reference is None):
         raise ConfigError(
-            f"reference: expected {'None' if config.reference == 'none' else 'a model'} for "
+            f"reference: expected {'None' if config.reference != 'copy' else 'a model'} for "
             f"reference {config.reference!r}, got {'None' if reference is None else 'a model'}; "
             f"pass the other, or change reference"
         )

@@ -15,6 +15,7 @@ from fastrl.rewards import Scorer, TextDecoder, decode_response, score_metrics
 from fastrl.trainers.common import derive_seed, evaluate_token_loss
 from fastrl.trainers.old_logprobs import update_logprobs
 from fastrl.trainers.ppo_checks import check_rollout_finite
+from fastrl.trainers.ppo_trunks import reference_part
 from fastrl.trainers.ppo_update import eval_metrics
 from fastrl.trainers.ppo_weights import KeptWeights
 from fastrl.types import Prompt, Rollout, TokenExample
@@ -64,7 +65,7 @@ class Evaluation:
                     seed=derive_seed(config.seed, "eval"))
             ref_logprobs = None
             if self.reference is not None:
-                with phase("reference"):
+                with phase(reference_part(config)):
                     ref_logprobs = update_logprobs(self.reference, rollout, config)
             with phase("reward_model"):
                 raw_scores = self.scorer(rollout)

@@ -15,6 +15,7 @@ from fastrl.config import PPOConfig
 from fastrl.errors import ConfigError
 from fastrl.memory.residents import ListTensors, tensors_of
 from fastrl.models.causal_lm import CausalLM, ScalarModel, scalar_from_causal
+from fastrl.models.lora import adapt, sharing_copy, trained_parameters, without_adapters
 from fastrl.models.scoring import read_trunk, response_values
 from fastrl.rewards import RewardModelScorer, Scorer
 from fastrl.types import Rollout
@@ -24,6 +25,11 @@ SCORING_PARTS = {"own": ("critic",), "reward": ("critic", "reward_model"),
 """`critic_trunk` -> residents that the pass over the critic's trunk needs."""
 
 
+def reference_part(config: PPOConfig) -> str:
+    """The resident whose weights the reference has."""
+    return "policy" if config.reference == "adapters_off" else "reference"
+
+
 def initial_critic(
     config: PPOConfig, policy: CausalLM, reward_model: ScalarModel | None
 ) -> ScalarModel:
@@ -31,30 +37,50 @@ def initial_critic(
 
     Args:
         policy: Under a zero head for `critic_init` policy; copied, or shared with
-            `critic_trunk` policy.
+            `critic_trunk` policy. With `lora_rank` its frozen weights are shared, and a critic
+            with a trunk of its own has adapters of its own on them.
         reward_model: For `critic_init` reward, reward shift included; copied whole, or with
-            `critic_trunk` reward its head copied on its own trunk, which is frozen.
+            `critic_trunk` reward its head copied on its own trunk, which is frozen. With
+            `lora_rank` its trunk is shared and frozen, under adapters of the critic's own.
     Raises:
         ConfigError: when there is no reward model to start from.
     """
     if config.critic_init == "policy":
-        is_shared = config.critic_trunk == "policy"
-        critic = scalar_from_causal(policy, config.seed, init="zero", copies_trunk=not is_shared)
-        return critic.requires_grad_(True)
+        if config.critic_trunk == "policy":
+            critic = scalar_from_causal(policy, config.seed, init="zero", copies_trunk=False)
+            (critic if config.lora_rank == 0 else critic.head).requires_grad_(True)
+            return critic
+        if config.lora_rank > 0:
+            policy = without_adapters(policy)
+        critic = scalar_from_causal(policy, config.seed, init="zero",
+                                    copies_trunk=config.lora_rank == 0)
+        return _trainable(critic, config)
     if reward_model is None:
         raise ConfigError(
             "critic_init: expected a reward model to start the critic from, got none; give one, or "
             "set critic_init to policy"
         )
     if config.critic_trunk == "own":
-        return copy.deepcopy(reward_model).requires_grad_(True)
+        if config.lora_rank == 0:
+            return copy.deepcopy(reward_model).requires_grad_(True)
+        critic = sharing_copy(reward_model)
+        critic.head = copy.deepcopy(reward_model.head)
+        return _trainable(critic, config)
     head = copy.deepcopy(reward_model.head).requires_grad_(True)
     return ScalarModel(reward_model.backbone.requires_grad_(False), head, reward_model.spec)
 
 
+def _trainable(critic: ScalarModel, config: PPOConfig) -> ScalarModel:
+    """A critic whose weights are all trained, or its adapters and its head."""
+    critic.requires_grad_(True)
+    adapt(critic, config)
+    return critic
+
+
 def critic_weights(config: PPOConfig, critic: ScalarModel) -> list[nn.Parameter]:
-    """The weights that are the critic's alone: all of them, or those of its head."""
-    return list((critic if config.critic_trunk == "own" else critic.head).parameters())
+    """The weights that are the critic's alone: all that it trains, or those of its head."""
+    return (trained_parameters(critic) if config.critic_trunk == "own"
+            else list(critic.head.parameters()))
 
 
 def check_trunk(

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastrl.config import PPOConfig
 from fastrl.memory.residents import Residents
 from fastrl.models.causal_lm import CausalLM
+from fastrl.models.lora import trained_parameters
 from fastrl.models.weights import save_causal_lm
 from fastrl.optim import EMA
 
@@ -27,7 +28,7 @@ class BestWeights:
     objective: float
     """Held-out score minus beta times KL."""
     weights: list[Tensor]
-    """In the order of `policy.parameters()`, on the CPU."""
+    """In the order of `trained_parameters(policy)`, on the CPU."""
 
 
 class KeptWeights:
@@ -39,8 +40,8 @@ class KeptWeights:
     """
 
     def __init__(self, policy: CausalLM, config: PPOConfig) -> None:
-        self.policy, self.config = policy, config
-        self.ema = None if config.ema_decay is None else EMA(policy.parameters(), config.ema_decay)
+        self.policy, self.config, self.trained = policy, config, trained_parameters(policy)
+        self.ema = None if config.ema_decay is None else EMA(self.trained, config.ema_decay)
         self.best: BestWeights | None = None
 
     def follow(self) -> None:
@@ -62,19 +63,19 @@ class KeptWeights:
             yield
             return
         with residents.phase("evaluation", "policy", "ema"):
-            kept = [p.detach().clone() for p in self.policy.parameters()]
+            kept = [p.detach().clone() for p in self.trained]
             self.ema.copy_to()
         try:
             yield
         finally:
             with residents.phase("evaluation", "policy"), torch.no_grad():
-                for p, weight in zip(self.policy.parameters(), kept, strict=True):
+                for p, weight in zip(self.trained, kept, strict=True):
                     p.copy_(weight)
 
     def offer(self, iteration: int, objective: float) -> None:
         """Keep a copy of the policy's present weights when they are the best so far."""
         if self.config.keep_best and (self.best is None or objective > self.best.objective):
-            weights = [p.detach().to("cpu", copy=True) for p in self.policy.parameters()]
+            weights = [p.detach().to("cpu", copy=True) for p in self.trained]
             self.best = BestWeights(iteration, objective, weights)
 
     def save_other(self, folder: Path) -> None:
@@ -96,7 +97,7 @@ class KeptWeights:
     def load_chosen(self) -> str:
         """Put the weights to save into the policy for good; return which they are, in words."""
         if self.best is not None:
-            for p, weight in zip(self.policy.parameters(), self.best.weights, strict=True):
+            for p, weight in zip(self.trained, self.best.weights, strict=True):
                 p.copy_(weight)
             return (f"best held-out objective {self.best.objective:.4g}, after "
                     f"{self.best.iteration} iterations")

@@ -21,6 +21,7 @@ from fastrl.memory.shapes import shape_of_model
 from fastrl.memory.stages import plan_reward
 from fastrl.metrics import PhaseTimer, RunFolder, peak_memory_gib
 from fastrl.models.causal_lm import ScalarModel
+from fastrl.models.lora import adapt
 from fastrl.models.scoring import sequence_scores
 from fastrl.ops import RankingStats, ranking_loss
 from fastrl.optim import AdamW, Schedule
@@ -78,6 +79,7 @@ class RewardTrainer:
         run: RunFolder | None = None,
     ) -> None:
         self.config, self.model, self.run = config, model, run
+        adapt(model, config)
         for index, comparison in enumerate((*train, *eval)):
             check_comparison(comparison, index)
         usable = usable_rankings("reward model", train, config.max_seq_tokens)

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastrl.config import SFTConfig
@@ -24,6 +25,7 @@ from fastrl.memory.shapes import shape_of_model
 from fastrl.memory.stages import plan_sft
 from fastrl.metrics import PhaseTimer, RunFolder, peak_memory_gib, write_atomic
 from fastrl.models.causal_lm import CausalLM
+from fastrl.models.lora import adapt, trained_parameters
 from fastrl.models.weights import load_causal_lm, save_causal_lm
 from fastrl.optim import AdamW, Schedule
 from fastrl.out_of_memory import PassBudget
@@ -83,6 +85,7 @@ class SFTTrainer:
         score: CandidateScore | None = None,
     ) -> None:
         self.config, self.model, self.run, self.score = config, model, run, score
+        adapt(model, config)
         self.examples = usable_examples(train, config)
         require_rows(self.examples, "SFT data")
         self.eval, self.ptx = usable_examples(eval, config), list(ptx)
@@ -113,7 +116,7 @@ class SFTTrainer:
         self.optimizer = AdamW.from_config(model.parameters(), config)
         self.num_finished = self._num_examples = self._num_windows = 0
         self.selected_step: int | None = None
-        self._best: tuple[float, dict[str, Tensor]] | None = None
+        self._best: tuple[float, list[Tensor]] | None = None
 
     def step(self) -> dict[str, float]:
         """One optimiser step; returns its metrics."""
@@ -164,7 +167,10 @@ class SFTTrainer:
                 self.run.log(step, metrics)
             progress.update(step, metrics)
         if self._best is not None:
-            self.model.load_state_dict(self._best[1])
+            with torch.no_grad():
+                for parameter, weight in zip(trained_parameters(self.model), self._best[1],
+                                             strict=True):
+                    parameter.copy_(weight)
         elif self.config.select_by == "last":
             self.selected_step = self.num_steps
 
@@ -212,8 +218,7 @@ class SFTTrainer:
     def _keep_if_best(self, step: int, value: float) -> None:
         """Remember these weights when no earlier checkpoint was as good."""
         if self._best is None or value > self._best[0]:
-            weights = {k: v.detach().to("cpu", copy=True)
-                       for k, v in self.model.state_dict().items()}
+            weights = [p.detach().to("cpu", copy=True) for p in trained_parameters(self.model)]
             self._best, self.selected_step = (value, weights), step
 
     @contextmanager

@@ -59,7 +59,7 @@ def test_the_best_weights_are_those_with_the_highest_score(task: SimpleNamespace
     ({"kl_coef": 0.02}, "kl_coef: expected 0, because reference is 'none', got 0.02"),
     ({"kl_controller": "adaptive"}, "kl_controller: expected 'fixed', because reference is 'none'"),
     ({"max_kl": 5.0}, "max_kl: expected None, because reference is 'none', got 5.0"),
-    ({"reference": "frozen"}, "reference: expected 'copy' or 'none', got 'frozen'"),
+    ({"reference": "frozen"}, "reference: expected 'copy', 'none' or 'adapters_off', got 'frozen'"),
 ])
 def test_settings_that_need_a_reference_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
