@@ -110,6 +110,11 @@ class KVCache:
         """Pages that nobody holds."""
         return len(self._free)
 
+    @property
+    def lowest_free(self) -> int:
+        """The page that is handed out next; `num_pages` where none is free."""
+        return self._free[0] if self._free else self.num_pages
+
     def allocate(self, count: int) -> list[int]:
         """`count` free pages with one reference each; the caller has made sure they exist."""
         pages = [heapq.heappop(self._free) for _ in range(count)]
@@ -136,6 +141,10 @@ class KVCache:
         if sources:
             pairs = upload([sources, targets], self.kv_pages.device)
             copy_pages(self.kv_pages, pairs[0], pairs[1])
+
+    def copy_tokens(self, source: int, target: int, num_tokens: int) -> None:
+        """Copy the first tokens of a page, all layers, one page to another."""
+        self.kv_pages[target, :, :, :num_tokens] = self.kv_pages[source, :, :, :num_tokens]
 
     def check(self, holders: Sequence[Sequence[int]]) -> None:
         """Assert that references are exactly those of `holders` and that no page is lost.

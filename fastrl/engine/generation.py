@@ -263,6 +263,17 @@ class Generation:
         if len(running) < self._batch.size:
             self._arrange(self._batch.select([request.row for request in running]))
             self.scheduler.number_rows()
+            if self._device.type == "cpu":
+                self._close_gaps()
+
+    def _close_gaps(self) -> None:
+        """Move pages into those that sequences have left, so that the rest is read in one call."""
+        moves = self.scheduler.close_gaps()
+        for request, source in moves:
+            num_tokens = len(request.prompt.token_ids) + self._step - request.started
+            self.cache.copy_tokens(source, request.pages[0], num_tokens)
+        for request, _ in moves:
+            self._batch.page_table[request.row, 0] = request.pages[0]
 
     def _arrange(self, batch: DecodeBatch) -> None:
         """Make `batch` the decode batch: dummies after its rows, settings beside it.

@@ -182,6 +182,24 @@ class Scheduler:
         del self._boundaries[request.boundary][request]
         request.pages, request.row = [], -1
 
+    def close_gaps(self) -> list[tuple[Request, int]]:
+        """Give the sequences in the highest pages the lowest free ones, while nobody waits and each
+        has a single page: what a CPU reads in one call lies side by side.
+
+        Returns:
+            (request, the page that it had).
+        """
+        moves: list[tuple[Request, int]] = []
+        if self.waiting or any(len(request.pages) != 1 for request in self.running):
+            return moves
+        for request in sorted(self.running, key=lambda request: -request.pages[0]):
+            if self._cache.lowest_free > request.pages[0]:
+                break
+            moves.append((request, request.pages[0]))
+            self._cache.release(request.pages)
+            request.pages = self._cache.allocate(1)
+        return moves
+
     def number_rows(self) -> None:
         """Renumber the rows of running requests after some have left."""
         for row, request in enumerate(self.running):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastrl import dense_attention
 from fastrl.config import EngineConfig, SamplingConfig
 from fastrl.engine import Engine, generation
 from fastrl.engine.cache import KVCache, pages_for
@@ -106,6 +107,52 @@ def test_a_page_of_a_cpu_holds_the_longest_sequence_unless_sizes_are_given() -> 
     assert page_size() == 3 * 16 + 3  # 34 tokens, see fastrl.ops.paged_attention.slots_read
     assert page_size(num_pages=40) == 16
     assert page_size(page_size=8) == 8
+
+
+def test_the_highest_pages_move_into_gaps_while_nobody_waits() -> None:
+    cache = KVCache(SPEC, 5, 32, torch.float32, torch.device("cpu"))
+    requests = _requests([(8, 9)] * 6)
+    scheduler = Scheduler(requests, cache, EngineConfig())
+    scheduler.admit(0)
+    scheduler.finish([requests[1], requests[3]])
+    assert not scheduler.close_gaps()  # who waits takes the lowest page
+    scheduler.admit(1)
+    scheduler.finish([requests[0], requests[2]])
+    scheduler.number_rows()
+    assert scheduler.close_gaps() == [(requests[4], 4)]
+    assert [request.pages for request in scheduler.running] == [[0], [1]]
+    scheduler.check()
+    assert not scheduler.close_gaps()
+    # A sequence with pages of another place in it stays where it is.
+    cache = KVCache(SPEC, 5, 4, torch.float32, torch.device("cpu"))
+    requests = _requests([(8, 9)] * 2)
+    scheduler = Scheduler(requests, cache, EngineConfig())
+    scheduler.admit(0)
+    scheduler.finish(requests[:1])
+    assert not scheduler.close_gaps()
+
+
+def test_sequences_that_stay_are_read_in_one_call_and_keep_their_bits(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend = dense_attention._attend_group
+    calls: list[tuple[int, bool]] = []  # (sequences, in place) of every dense call of a step
+
+    def watched(query: Tensor, pages: Tensor, layer: int, group: Any, *others: Any) -> Tensor:
+        if not group.is_prompt:
+            calls.append((len(group.kv_lens), group.in_place is not None))
+        return attend(query, pages, layer, group, *others)
+
+    monkeypatch.setattr(dense_attention, "_attend_group", watched)
+    lengths = [4, 9, 2, 9, 5, 7, 9, 3]
+    settings = [SamplingConfig(max_new_tokens=n, stop_token_ids=()) for n in lengths]
+    prompts = [[i, i + 1, i] for i in range(8)]
+    rollout = Engine(MODEL, EngineConfig()).generate(prompts, settings)
+    assert calls == [(sum(n > step for n in lengths), True) for step in range(1, 9)]
+    for row, prompt in enumerate(prompts):
+        alone = Engine(MODEL, EngineConfig(page_size=4)).generate(
+            [[1]] * row + [prompt], [*[SamplingConfig(max_new_tokens=1)] * row, settings[row]])
+        assert rollout.response(row) == alone.response(row)
 
 
 def test_places_and_prompt_tokens_are_used_up_and_never_exceeded(
