@@ -3,6 +3,7 @@
 import gc
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -23,25 +24,31 @@ def is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in CPU_SIGNS))
 
 
-def call_again(call: Callable[[], Result], what: str) -> Result:
+def call_again(
+    call: Callable[[], Result], what: str, advice: str = "make batches or the model smaller",
+    inside: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Result:
     """What `call` returns; called once more, with all caches emptied, where memory ended.
 
     Args:
         call: Changes nothing before it has all memory that it needs.
         what: It does, with its sizes, for messages.
+        advice: What to change, for the error.
+        inside: Makes a context for each call.
     Raises:
         DeviceMemoryError: when memory ends twice.
     """
     for is_last in (False, True):
         try:
-            return call()
+            with inside():
+                return call()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             if is_last:
                 raise DeviceMemoryError(
                     f"{what}: expected memory for its temporaries, got none, twice in turn; free "
-                    "memory on the device, or make batches or the model smaller") from error
+                    f"memory on the device, or {advice}") from error
         # Outside the handler: its traceback holds on to what the call has made.
         _empty_caches()
         logger.warning("%s: no memory; repeated, results are the same", what)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -30,7 +31,7 @@ from fastrl.exactness import (
 from fastrl.field_types import fits
 from fastrl.memory.pages import tokens_per_page
 from fastrl.models import CausalLM
-from fastrl.out_of_memory import is_out_of_memory
+from fastrl.out_of_memory import call_again, is_out_of_memory
 from fastrl.types import Rollout
 
 MAX_HALVINGS = 8
@@ -115,10 +116,10 @@ class Engine:
                 stop token is none of the vocabulary, when there are not as many settings as
                 prompts, or when one sequence cannot fit the cache.
         """
-        requests = new_requests(
-            self.model.spec, prompts, sampling, seed=seed, num_samples=num_samples_per_prompt,
-            first_request_id=first_request_id, shares_prompts=self.config.share_prefix,
-            encoder=self.encoder)
+        requests = call_again(partial(
+            new_requests, self.model.spec, prompts, sampling, seed=seed,
+            num_samples=num_samples_per_prompt, first_request_id=first_request_id,
+            shares_prompts=self.config.share_prefix, encoder=self.encoder), "generate: seeds")
         generation = self._begin(
             requests, one_at_a_time=any(request.text is not None for request in requests))
         self._calls.append(generation)
@@ -137,7 +138,8 @@ class Engine:
             if not is_out_of_memory(error):
                 raise
         self.release_memory()
-        return generation.results.rollout(num_samples_per_prompt)
+        return call_again(partial(generation.results.rollout, num_samples_per_prompt),
+                          f"generate: {len(requests)} responses")
 
     def stream(
         self, prompt_ids: Sequence[int], sampling: SamplingConfig | None = None, *, seed: int = 0,
@@ -155,10 +157,10 @@ class Engine:
         Raises:
             DataError, ConfigError: as `generate`.
         """
-        requests = new_requests(
-            self.model.spec, [prompt_ids], sampling, seed=seed, num_samples=1,
+        requests = call_again(partial(
+            new_requests, self.model.spec, [prompt_ids], sampling, seed=seed, num_samples=1,
             first_request_id=request_id, shares_prompts=False, encoder=self.encoder,
-            reads_text=True)
+            reads_text=True), "generate: seeds")
         return self._stream(requests[0])
 
     def _stream(self, request: Request) -> Iterator[StreamedToken]:
@@ -209,7 +211,7 @@ class Engine:
                 self._idle_cache is not None and self._idle_cache.arena.keeps_addresses):
             self.release_memory()
         for generation in self._active:
-            generation.forget()
+            call_again(generation.forget, "generate: rows without pages")
 
     def release_memory(self) -> None:
         """Give back the memory of the cache until the next call.

@@ -141,6 +141,7 @@ class Generation:
 
     def _advance(self) -> None:
         """One step that may fail."""
+        self._compact()
         admission = self.scheduler.admit(self._step)
         with self._weights.in_use():
             if admission.started:
@@ -158,16 +159,15 @@ class Generation:
         ending = [request for request in requests if request.finish_reason is None]
         for request in ending:
             self._end(request, request.num_tokens, "cancelled")
-        self.scheduler.finish(ending)
-        if not self.is_finished:
-            self._compact()
+        self.scheduler.finish(ending)  # the next step drops their rows, where it may run out
 
     def forget(self) -> None:
         """Drop what comes from old weights; sequences go on from the tokens that they have."""
         self._weights = self._weights.renewed()
         self._read_all()
+        no_rows = self._new_rows([])  # all memory first
         self.scheduler.forget(self._step)
-        self._batch = self._new_rows([])
+        self._batch = no_rows
 
     def _start(self, admission: Admission) -> None:
         """Compute new prompts, then draw the first token of every request that starts."""

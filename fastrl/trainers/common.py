@@ -16,7 +16,7 @@ from fastrl.errors import ConfigError, DataError, NumericsError
 from fastrl.models.attention import PackedAttention
 from fastrl.models.causal_lm import CausalLM, ScalarModel
 from fastrl.ops import linear_cross_entropy
-from fastrl.out_of_memory import PassBudget
+from fastrl.out_of_memory import PassBudget, call_again
 from fastrl.packing import PackedBatch, pack_sequences, predict_rows, split_by_tokens
 from fastrl.types import TokenExample
 
@@ -92,8 +92,11 @@ def mode(model: nn.Module, *, train: bool) -> Iterator[None]:
 @lru_cache(maxsize=8)
 def _permutation(size: int, seed: int, epoch: int) -> tuple[int, ...]:
     """Cached, because every step of an epoch asks for it."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
-    return tuple(torch.randperm(size, generator=generator).tolist())
+    def draw() -> tuple[int, ...]:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+        return tuple(torch.randperm(size, generator=generator).tolist())
+
+    return call_again(draw, f"order of {size} rows")
 
 
 def epoch_permutation(size: int, seed: int, epoch: int) -> list[int]:

@@ -9,6 +9,7 @@ from fastrl.engine import Engine
 from fastrl.engine.difference import first_difference
 from fastrl.models.causal_lm import CausalLM
 from fastrl.models.scoring import response_logprobs
+from fastrl.out_of_memory import PassBudget
 from fastrl.trainers.common import derive_seed, epoch_permutation
 from fastrl.types import Rollout
 
@@ -23,27 +24,36 @@ GAP_WARNING = (
 )
 
 
-def update_logprobs(policy: CausalLM, rollout: Rollout, config: PPOConfig) -> Tensor:
-    """[B, T] float32: log-probs of the responses' tokens by packed passes, as the update makes."""
+def update_logprobs(
+    policy: CausalLM, rollout: Rollout, config: PPOConfig, passes: PassBudget | None = None
+) -> Tensor:
+    """[B, T] float32: log-probs of the responses' tokens by packed passes, as the update makes.
+
+    Args:
+        passes: Budget of the run; None: that of the config.
+    """
     logprobs, _ = response_logprobs(
-        policy, rollout, config.sampling.temperature, config.max_tokens_per_microbatch,
+        policy, rollout, config.sampling.temperature, passes or config.max_tokens_per_microbatch,
         share_prefix=config.share_prefix)
     return logprobs
 
 
 def largest_gap(
-    policy: CausalLM, rollout: Rollout, config: PPOConfig, iteration: int
+    policy: CausalLM, rollout: Rollout, config: PPOConfig, iteration: int,
+    passes: PassBudget | None = None,
 ) -> tuple[float, int]:
     """Largest difference between the engine's log-probs and the update's, and the row that has it.
 
     Args:
         policy: The weights that made the rollout.
         iteration: Chooses which `num_logprob_checks` responses are recomputed.
+        passes: As `update_logprobs` takes it.
     """
     seed = derive_seed(config.seed, "logprob_checks")
     rows = epoch_permutation(rollout.batch_size, seed, iteration)[:config.num_logprob_checks]
     part = rollout.select(rows)
-    gaps = (update_logprobs(policy, part, config) - part.rollout_logprobs).abs().amax(dim=1)
+    again = update_logprobs(policy, part, config, passes)
+    gaps = (again - part.rollout_logprobs).abs().amax(dim=1)
     largest = int(gaps.argmax())  # of NaN: the first
     return float(gaps[largest]), rows[largest]
 

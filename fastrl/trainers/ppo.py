@@ -9,8 +9,10 @@ paper, with reasons, are in docs/algorithms.md.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -26,6 +28,7 @@ from fastrl.metrics import PhaseTimer, RunFolder
 from fastrl.models.causal_lm import CausalLM, ScalarModel
 from fastrl.models.lora import adapt, without_adapters
 from fastrl.ops import shape_rewards
+from fastrl.out_of_memory import PassBudget, call_again
 from fastrl.rewards import Scorer, TextDecoder, adjust_scores, reward_models, score_metrics
 from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import (
@@ -63,6 +66,8 @@ from fastrl.trainers.ppo_weights import KeptWeights
 from fastrl.types import Prompt, Rollout, TokenExample
 
 logger = logging.getLogger("fastrl")
+
+Result = TypeVar("Result")
 
 
 class PPOTrainer:
@@ -128,6 +133,7 @@ class PPOTrainer:
         for model in (policy, critic):
             prepare_backbone(model, config)
         self.budget = TokenBudget(config)
+        self.passes = PassBudget(config.max_tokens_per_microbatch)
         self.engine = Engine(policy, config.engine, encoder=encoder)
         if config.engine.exact:
             warn_of_failures(policy)
@@ -150,7 +156,7 @@ class PPOTrainer:
             lambda: self.critic_learner.optimizer.state_dict().values())
         self.evaluation = Evaluation(
             config, self.engine, policy, self.reference, scorer, self.weights, self.residents,
-            self.eval_prompts, eval_ptx, run, encoder)
+            self.eval_prompts, eval_ptx, run, encoder, self.passes)
         self.kl_controller = make_kl_controller(config.kl_controller, config.kl_coef,
                                                 config.kl_target, config.kl_horizon)
         self.iteration = 0
@@ -200,6 +206,7 @@ class PPOTrainer:
     def _step(self) -> dict[str, float]:
         """The iteration, under the settings that make its forward passes agree."""
         config, timer = self.config, PhaseTimer()
+        compute = partial(self._compute, timer)
         if self.iteration == 0 and config.eval_steps is not None:
             self._log(self.evaluate())
 
@@ -207,30 +214,63 @@ class PPOTrainer:
         num_prompts = config.rollout_batch_size // config.num_samples_per_prompt
         drawn = stream_indices(len(self.prompts), derive_seed(config.seed, "prompts"),
                                self.iteration * num_prompts, num_prompts)
+        prompts = [self.prompts[i].token_ids for i in drawn]
 
         # rollout
-        with self._phase(timer, "rollout"):
-            rollout = self.engine.generate(
-                [self.prompts[i].token_ids for i in drawn], config.sampling,
-                seed=derive_seed(config.seed, "rollout", self.iteration),
-                num_samples_per_prompt=config.num_samples_per_prompt,
-            )
-            self.engine.release_memory()
+        rollout = compute(lambda: self.engine.generate(
+            prompts, config.sampling,
+            seed=derive_seed(config.seed, "rollout", self.iteration),
+            num_samples_per_prompt=config.num_samples_per_prompt,
+        ), "rollout")
+        self.engine.release_memory()
 
         # evaluate
-        with self._phase(timer, "scoring", "policy"):
-            old_logprobs, gap_metrics = self._old_logprobs(rollout)
+        old_logprobs, gap_metrics = compute(lambda: self._old_logprobs(rollout),
+                                            "scoring", "policy")
         ref_logprobs = None
         if self.reference is not None:
-            with self._phase(timer, "scoring", reference_part(config)):
-                ref_logprobs = update_logprobs(self.reference, rollout, config)
-        with self._phase(timer, "scoring", *SCORING_PARTS[config.critic_trunk]):
-            values, raw_scores, critic_states = read_critic(
-                config, self.critic, self.scorer, rollout,
-                trunk_stands_still=not self._trains_jointly)
+            ref_logprobs = compute(partial(update_logprobs, self.reference, rollout, config,
+                                           self.passes), "scoring", reference_part(config))
+        values, raw_scores, critic_states = compute(lambda: read_critic(
+            config, self.critic, self.scorer, rollout, self.passes,
+            trunk_stands_still=not self._trains_jointly,
+        ), "scoring", *SCORING_PARTS[config.critic_trunk])
         if raw_scores is None:
-            with self._phase(timer, "scoring", "reward_model"):
-                raw_scores = self.scorer(rollout)
+            raw_scores = compute(lambda: self.scorer(rollout), "scoring", "reward_model")
+
+        # reward, advantages
+        batch, metrics = call_again(lambda: self._judge(
+            rollout, old_logprobs, ref_logprobs, values, raw_scores, critic_states,
+        ), *self._sizes("rewards and advantages"))
+        metrics |= gap_metrics
+
+        # update
+        kl = metrics.get("kl/policy_ref", 0.0)  # without a reference nothing follows from it
+        if not self._is_past_kl_ceiling(kl):
+            metrics |= self._update(batch, timer)
+            if self._trains_policy:
+                self.kl_controller.update(kl, rollout.batch_size)
+
+        # publish
+        with self.residents.phase("rollout"):
+            self.engine.weights_changed()
+        self.iteration += 1
+        if self._is_evaluation_due():
+            with timer.phase("eval"):
+                metrics |= self.evaluate()
+        metrics |= timer.metrics(sum(map(len, batch.sequences))
+                                 - config.num_samples_per_prompt * sum(map(len, prompts)))
+        if "loss/policy" in metrics:  # not in the critic's own iterations
+            metrics |= self.memory.metrics()
+        self._log(metrics)
+        return metrics
+
+    def _judge(
+        self, rollout: Rollout, old_logprobs: Tensor, ref_logprobs: Tensor | None, values: Tensor,
+        raw_scores: Tensor, critic_states: list[Tensor] | None,
+    ) -> tuple[PPOBatch, dict[str, float]]:
+        """What is learned from, and what is known of it before."""
+        config = self.config
         check_rollout_finite(self.iteration, rollout, scores=raw_scores, old_logprobs=old_logprobs,
                              ref_logprobs=ref_logprobs, values=values)
 
@@ -248,34 +288,28 @@ class PPOTrainer:
             rewards, values, rollout.response_mask, gamma=config.gamma, lam=config.lam,
             whiten_rewards=config.whiten_rewards, whiten_advantages=config.whiten_advantages,
         )
-
-        # update
         batch = PPOBatch(
             rollout=rollout, sequences=unpack_sequences(rollout), old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs, kl_estimates=None if ref_logprobs is None else kl_estimates,
             values=values, raw_scores=raw_scores, scores=scores, rewards=rewards,
             advantages=advantages, returns=returns, critic_states=critic_states,
         )
-        metrics = (batch_metrics(batch) | score_metrics(self.scorer) | gap_metrics
-                   | self._coefficient_metrics(raw_scores))
-        kl = metrics.get("kl/policy_ref", 0.0)  # without a reference nothing follows from it
-        if not self._is_past_kl_ceiling(kl):
-            metrics |= self._update(batch, timer)
-            if self._trains_policy:
-                self.kl_controller.update(kl, rollout.batch_size)
+        return batch, (batch_metrics(batch) | score_metrics(self.scorer)
+                       | self._coefficient_metrics(raw_scores))
 
-        # publish
-        with self.residents.phase("rollout"):
-            self.engine.weights_changed()
-        self.iteration += 1
-        if self._is_evaluation_due():
-            with timer.phase("eval"):
-                metrics |= self.evaluate()
-        metrics |= timer.metrics(int(rollout.response_mask.sum()))
-        if "loss/policy" in metrics:  # not in the critic's own iterations
-            metrics |= self.memory.metrics()
-        self._log(metrics)
-        return metrics
+    def _compute(
+        self, timer: PhaseTimer, work: Callable[[], Result], name: str, *parts: str
+    ) -> Result:
+        """What `work` returns in a phase. It changes nothing, so it may be done again."""
+        return call_again(work, *self._sizes(" ".join((name, *parts))),
+                          inside=partial(self._phase, timer, name, *parts))
+
+    def _sizes(self, work: str) -> tuple[str, str]:
+        """Some work with its sizes, and how to make those smaller."""
+        config = self.config
+        return (f"{work} of iteration {self.iteration}, {config.rollout_batch_size} responses of "
+                f"up to {config.max_prompt_tokens} + {config.sampling.max_new_tokens} tokens",
+                "lower rollout_batch_size, max_prompt_tokens or max_new_tokens")
 
     @contextmanager
     def _phase(self, timer: PhaseTimer, name: str, *parts: str) -> Iterator[None]:
@@ -298,11 +332,11 @@ class PPOTrainer:
         config, old_logprobs = self.config, rollout.rollout_logprobs
         if config.num_logprob_checks == 0:
             return old_logprobs, {}
-        gap, row = largest_gap(self.policy, rollout, config, self.iteration)
+        gap, row = largest_gap(self.policy, rollout, config, self.iteration, self.passes)
         if not gap <= config.logprob_tolerance:
-            self.num_recomputed += 1
             warn_of_gap(self.engine, self.policy, rollout, config, self.iteration, gap, row)
-            old_logprobs = update_logprobs(self.policy, rollout, config)
+            old_logprobs = update_logprobs(self.policy, rollout, config, self.passes)
+            self.num_recomputed += 1
         return old_logprobs, {"logprob/gap_max": gap,
                               "logprob/num_recomputed": float(self.num_recomputed)}
 

@@ -1,8 +1,9 @@
 """Held-out prompts answered with the weights that would be saved: score, log, keep the best."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from fastrl.engine import Engine
 from fastrl.memory.residents import Residents
 from fastrl.metrics import RunFolder
 from fastrl.models.causal_lm import CausalLM
+from fastrl.out_of_memory import PassBudget, call_again
 from fastrl.rewards import Scorer, TextDecoder, decode_response, score_metrics
 from fastrl.trainers.common import derive_seed, evaluate_token_loss
 from fastrl.trainers.old_logprobs import update_logprobs
@@ -19,6 +21,8 @@ from fastrl.trainers.ppo_trunks import reference_part
 from fastrl.trainers.ppo_update import eval_metrics
 from fastrl.trainers.ppo_weights import KeptWeights
 from fastrl.types import Prompt, Rollout, TokenExample
+
+Result = TypeVar("Result")
 
 NUM_LOGGED_SAMPLES = 4
 """Held-out prompts whose responses are written out at every evaluation."""
@@ -45,6 +49,8 @@ class Evaluation:
     """Held-out windows of pretraining text."""
     folder: RunFolder | None
     encoder: TextDecoder | None
+    passes: PassBudget
+    """Of scoring."""
 
     def run(self, iteration: int) -> dict[str, float]:
         """Answer, score, log and keep.
@@ -56,30 +62,45 @@ class Evaluation:
         """
         if not self.prompts:
             return {}
-        config, phase = self.config, partial(self.residents.phase, "evaluation")
         with self.weights.for_evaluation(self.residents):
-            with phase("policy", "kv_cache"):
-                self.engine.weights_changed()
-                rollout = self.engine.generate(
-                    [p.token_ids for p in self.prompts], config.sampling,
-                    seed=derive_seed(config.seed, "eval"))
-            ref_logprobs = None
-            if self.reference is not None:
-                with phase(reference_part(config)):
-                    ref_logprobs = update_logprobs(self.reference, rollout, config)
-            with phase("reward_model"):
-                raw_scores = self.scorer(rollout)
+            rollout, raw_scores, metrics = self._read(iteration)
+            call_again(lambda: self.weights.offer(iteration, metrics["eval/objective"]),
+                       "copy of the best weights", "set keep_best to false")
+        self.engine.weights_changed()
+        call_again(partial(self._log_samples, iteration, rollout, raw_scores),
+                   "samples of an evaluation")
+        return metrics
+
+    def _read(self, iteration: int) -> tuple[Rollout, Tensor, dict[str, float]]:
+        """Responses, their scores, and what they say of the weights that are in the policy."""
+        config = self.config
+        self.engine.weights_changed()
+        rollout = self._compute(lambda: self.engine.generate(
+            [p.token_ids for p in self.prompts], config.sampling,
+            seed=derive_seed(config.seed, "eval")), "policy", "kv_cache")
+        ref_logprobs = None
+        if self.reference is not None:
+            ref_logprobs = self._compute(partial(update_logprobs, self.reference, rollout, config,
+                                                 self.passes), reference_part(config))
+        raw_scores = self._compute(lambda: self.scorer(rollout), "reward_model")
+
+        def measure() -> dict[str, float]:
             check_rollout_finite(iteration, rollout, scores=raw_scores, ref_logprobs=ref_logprobs)
             metrics = eval_metrics(rollout, ref_logprobs, raw_scores, config)
             metrics |= score_metrics(self.scorer, "eval/reward_")
-            with phase("policy"):
-                if self.ptx:
-                    metrics["eval/ptx_loss"] = evaluate_token_loss(
-                        self.policy, self.ptx, config.max_tokens_per_microbatch)
-                self.weights.offer(iteration, metrics["eval/objective"])
-        self.engine.weights_changed()
-        self._log_samples(iteration, rollout, raw_scores)
-        return metrics
+            if self.ptx:
+                metrics["eval/ptx_loss"] = evaluate_token_loss(self.policy, self.ptx, self.passes)
+            return metrics
+
+        return rollout, raw_scores, self._compute(measure, "policy")
+
+    def _compute(self, work: Callable[[], Result], *parts: str) -> Result:
+        """What `work` returns in a part of the phase. It changes nothing, so it may be done again.
+        """
+        return call_again(
+            work, f"evaluation ({', '.join(parts)}) of {len(self.prompts)} held-out responses",
+            "lower num_eval_prompts, max_prompt_tokens or max_new_tokens",
+            partial(self.residents.phase, "evaluation", *parts))
 
     def _log_samples(self, iteration: int, rollout: Rollout, raw_scores: Tensor) -> None:
         """Write the first responses to the run folder; token ids without an encoder."""

@@ -17,6 +17,7 @@ from fastrl.memory.residents import ListTensors, tensors_of
 from fastrl.models.causal_lm import CausalLM, ScalarModel, scalar_from_causal
 from fastrl.models.lora import adapt, sharing_copy, trained_parameters, without_adapters
 from fastrl.models.scoring import read_trunk, response_values
+from fastrl.out_of_memory import PassBudget
 from fastrl.rewards import RewardModelScorer, Scorer
 from fastrl.types import Rollout
 
@@ -132,27 +133,27 @@ def resident_parts(
 
 
 def read_critic(
-    config: PPOConfig, critic: ScalarModel, scorer: Scorer, rollout: Rollout, *,
-    trunk_stands_still: bool,
+    config: PPOConfig, critic: ScalarModel, scorer: Scorer, rollout: Rollout, passes: PassBudget,
+    *, trunk_stands_still: bool,
 ) -> tuple[Tensor, Tensor | None, list[Tensor] | None]:
     """What the critic says of a rollout, and where it shares the reward model's trunk its scores.
 
     Args:
+        passes: Of the critic's trunk.
         trunk_stands_still: The critic's update of this iteration leaves its trunk alone.
     Returns:
         values [B, T], scores [B] or None where the scorer has yet to be asked, float32; and the
         states that the critic's head can be trained on: B tensors [T_i, D], None where the trunk
         is trained too. No gradient.
     """
-    max_tokens = config.max_tokens_per_microbatch
     if config.critic_trunk == "own":
-        values = response_values(critic, rollout, max_tokens, share_prefix=config.share_prefix)
+        values = response_values(critic, rollout, passes, share_prefix=config.share_prefix)
         return values, None, None
     score_head = None
     if config.critic_trunk == "reward":
         assert isinstance(scorer, RewardModelScorer)  # see check_trunk
         score_head = scorer.model.head
-    reading = read_trunk(critic.backbone, rollout, max_tokens, value_head=critic.head,
+    reading = read_trunk(critic.backbone, rollout, passes, value_head=critic.head,
                          score_head=score_head, keeps_states=trunk_stands_still,
                          share_prefix=config.share_prefix)
     return reading.values, reading.scores, reading.states

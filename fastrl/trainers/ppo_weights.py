@@ -14,6 +14,7 @@ from fastrl.models.causal_lm import CausalLM
 from fastrl.models.lora import trained_parameters
 from fastrl.models.weights import save_causal_lm
 from fastrl.optim import EMA
+from fastrl.out_of_memory import call_again
 
 LAST_MODEL, AVERAGE_MODEL = "last_model", "average_model"
 """Folders of a run for the weights that `model/` does not come from."""
@@ -63,7 +64,8 @@ class KeptWeights:
             yield
             return
         with residents.phase("evaluation", "policy", "ema"):
-            kept = [p.detach().clone() for p in self.trained]
+            kept = call_again(self._copies, "copy of the policy for an evaluation",
+                              advice="set eval_with_ema to false")
             self.ema.copy_to()
         try:
             yield
@@ -71,6 +73,9 @@ class KeptWeights:
             with residents.phase("evaluation", "policy"), torch.no_grad():
                 for p, weight in zip(self.trained, kept, strict=True):
                     p.copy_(weight)
+
+    def _copies(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.trained]
 
     def offer(self, iteration: int, objective: float) -> None:
         """Keep a copy of the policy's present weights when they are the best so far."""
