@@ -35,9 +35,10 @@ class PolicyStats:
     count: Tensor
     """Number of True positions."""
     policy_loss: Tensor
-    """Clipped losses, without the entropy bonus and before division by the denominator."""
+    """Clipped losses times their weights, without KL and entropy bonus and before division by the
+    denominator."""
     clip_fraction: Tensor
-    """Number of tokens whose loss the clip changed."""
+    """Number of tokens whose loss the clip (or the dual clip) changed."""
     approx_kl: Tensor
     """KL(old policy || current policy), estimated by 0.5 log_ratio^2."""
     approx_kl_k3: Tensor
@@ -73,26 +74,37 @@ def token_losses(
     loss_mask: Tensor,
     clip_range: float,
     entropy: Tensor | None = None,
+    *,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
-    """Clipped losses [M], 0 where masked, and their statistics."""
+    """Clipped losses [M] times their weights, 0 where masked, and their statistics."""
     dtype = wide_dtype(logprobs.dtype)
     exact = (logprobs.to(dtype) - old_logprobs.to(dtype)).masked_fill(~loss_mask, 0.0)
     log_ratio = exact.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     advantages = advantages.to(dtype).masked_fill(~loss_mask, 0.0)
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    losses = torch.maximum(unclipped, clipped)
+    high = clip_range if clip_range_high is None else clip_range_high
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + high)
+    losses, is_clipped = torch.maximum(unclipped, clipped), clipped > unclipped
+    if dual_clip is not None:
+        is_capped = (advantages < 0) & (losses > -dual_clip * advantages)
+        losses = torch.where(is_capped, -dual_clip * advantages, losses)
+        is_clipped = is_clipped | is_capped
+    if weights is not None:
+        losses = losses * weights.to(dtype).masked_fill(~loss_mask, 0.0)
     wide = log_ratio.detach().double()
-    weights = ratio.detach().double().masked_fill(~loss_mask, 0.0)
+    ratios = ratio.detach().double().masked_fill(~loss_mask, 0.0)
     stats = PolicyStats(
         count=loss_mask.double().sum(),
         policy_loss=losses.detach().double().sum(),
-        clip_fraction=(clipped > unclipped).double().sum(),
+        clip_fraction=is_clipped.double().sum(),
         approx_kl=0.5 * wide.square().sum(),
         approx_kl_k3=(wide.expm1() - wide).sum(),
-        ratio=weights.sum(),
-        squared_ratio=weights.square().sum(),
+        ratio=ratios.sum(),
+        squared_ratio=ratios.square().sum(),
         entropy=torch.zeros_like(wide.sum()) if entropy is None
         else entropy.detach().double().masked_fill(~loss_mask, 0.0).sum(),
         max_abs_log_ratio=torch.cat([exact.detach().double().abs(), wide.new_zeros(1)]).amax(),

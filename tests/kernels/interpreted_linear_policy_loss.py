@@ -35,6 +35,8 @@ class Case:
         self.old_logprobs = logprobs + 0.3 * torch.randn(M)
         self.advantages = torch.randn(M)
         self.loss_mask = torch.arange(M) % 3 != 1
+        self.weights = torch.rand(M) + 0.5
+        self.ref_logprobs = logprobs + 0.3 * torch.randn(M)
 
     def run(self, function=linear_policy_loss, double: bool = False, **options
             ) -> tuple[Tensor, PolicyStats, list[Tensor]]:
@@ -43,6 +45,9 @@ class Case:
         for name, x in values.items():
             if x is not None and x.is_floating_point() and double:
                 values[name] = x.double()
+        for name in ("weights", "ref_logprobs"):
+            if options.get(name) is not None and double:
+                options[name] = options[name].double()
         leaves = {name: values[name].detach().requires_grad_() for name in NAMES[:3]
                   if values[name] is not None}
         loss, stats = function(**{**values, **leaves}, **{"denominator": 7.0, **options})
@@ -77,6 +82,29 @@ def test_sizes(M: int, D: int, V: int, chunk_tokens: int | None, entropy_coef: f
                                      {"denominator": 1e5}])
 def test_coefficients(options: dict[str, float]) -> None:
     Case().assert_as_good_as_torch(entropy_coef=0.1, **options)
+
+
+TERMS = {
+    "higher clip": {"clip_range": 0.05, "clip_range_high": 0.4},
+    "dual clip": {"dual_clip": 1.2},
+    "k1": {"kl_coef": 0.7, "kl_estimator": "k1"},
+    "k2": {"kl_coef": 0.7, "kl_estimator": "k2"},
+    "k3": {"kl_coef": 0.7, "kl_estimator": "k3"},
+    "all": {"clip_range_high": 0.4, "dual_clip": 1.2, "kl_coef": 0.7, "entropy_coef": 0.2},
+}
+
+
+@pytest.mark.parametrize("has_weights", [False, True])
+@pytest.mark.parametrize("terms", TERMS)
+def test_terms(terms: str, has_weights: bool) -> None:
+    """A third of the ratios is above 1.2 or below 0.8; a reference far away meets the bound."""
+    case, options = Case(), dict(TERMS[terms])
+    case.ref_logprobs[0] += 30.0
+    if "kl_coef" in options:
+        options["ref_logprobs"] = case.ref_logprobs
+    if has_weights:
+        options["weights"] = case.weights
+    case.assert_as_good_as_torch(chunk_tokens=4, **options)
 
 
 def test_without_a_bias() -> None:
@@ -118,10 +146,13 @@ def test_half_precision_logits_on_request() -> None:
 
 def test_masked_rows_may_hold_anything() -> None:
     case = Case()
-    expected = case.run(backend="triton", entropy_coef=0.1)
-    for values in (case.hidden, case.old_logprobs, case.advantages):
+    options = {"entropy_coef": 0.1, "kl_coef": 0.3, "weights": case.weights,
+               "ref_logprobs": case.ref_logprobs}
+    expected = case.run(backend="triton", **options)
+    for values in (case.hidden, case.old_logprobs, case.advantages, case.weights,
+                   case.ref_logprobs):
         values[~case.loss_mask] = torch.nan
-    got = case.run(backend="triton", entropy_coef=0.1)
+    got = case.run(backend="triton", **options)
     assert torch.equal(got[0], expected[0])
     assert all(torch.equal(a, b) for a, b in zip(got[2], expected[2], strict=True))
     assert (got[2][0][~case.loss_mask] == 0).all()
@@ -189,8 +220,9 @@ def test_a_token_does_not_depend_on_the_others() -> None:
     logits = torch.randn(9, 300)
     K = kernels.NUM_STATS
     together = torch.full((K, 9), torch.nan, dtype=torch.float64)
-    inputs = [case.token_ids, case.old_logprobs, case.advantages, case.loss_mask]
-    settings = (None, torch.float32, 0.2, 1.0, 0.1, 20.0)
+    inputs = [case.token_ids, case.old_logprobs, case.advantages, case.loss_mask, case.weights,
+              case.ref_logprobs]
+    settings = (None, torch.float32, kernels.Settings(0.2, 0.3, 3.0, 1.0, 0.1, 0.5, 3, 20.0, 20.0))
     all_gradients = kernels.policy_loss_of_logits(logits.clone(), *inputs, together, *settings)
     for m in range(9):
         alone, row = torch.full((K, 1), torch.nan, dtype=torch.float64), slice(m, m + 1)
@@ -275,9 +307,12 @@ def test_a_gigabyte_is_enough_at_the_reference_size(monkeypatch: pytest.MonkeyPa
 def test_registered_op() -> None:
     case = Case()
     inputs = [getattr(case, name) for name in NAMES]
-    for needs in ([True, True, True], [False, True, False], [False, False, False]):
+    settings = [0.2, 0.3, 3.0, 0.9, 0.1, 0.5, 3.0, 20.0, 20.0]
+    for needs, optional in (([True, True, True], (case.weights, case.ref_logprobs)),
+                            ([False, True, False], (None, case.ref_logprobs)),
+                            ([False, False, False], (case.weights, case.ref_logprobs))):
         torch.library.opcheck(torch.ops.fastrl_kernels.linear_policy_loss,
-                              (*inputs, 0.2, 0.9, 0.1, 20.0, 4, torch.float32, needs))
+                              (*inputs, *optional, settings, 4, torch.float32, needs))
 
 
 def test_compiles_to_one_graph() -> None:

@@ -28,6 +28,8 @@ class Case:
         self.old_logprobs = logprobs + 0.3 * torch.randn(M, dtype=dtype)
         self.advantages = torch.randn(M, dtype=dtype)
         self.loss_mask = torch.rand(M) > 0.3
+        self.weights = 0.5 + torch.rand(M, dtype=dtype)
+        self.ref_logprobs = logprobs + 0.3 * torch.randn(M, dtype=dtype)
 
     def run(self, function: Any = linear_policy_loss, rows: slice = slice(None), **options: Any
             ) -> tuple[Tensor, PolicyStats]:
@@ -87,6 +89,122 @@ def test_equals_the_reference(
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
+TERMS: dict[str, dict[str, Any]] = {
+    "higher clip": {"clip_range": 0.05, "clip_range_high": 0.4},
+    "dual clip": {"dual_clip": 1.2},
+    "k1": {"kl_coef": 0.7, "kl_estimator": "k1"},
+    "k2": {"kl_coef": 0.7, "kl_estimator": "k2"},
+    "k3": {"kl_coef": 0.7, "kl_estimator": "k3"},
+    "all": {"clip_range_high": 0.4, "dual_clip": 1.2, "kl_coef": 0.7, "entropy_coef": 0.2},
+}
+
+
+def with_terms(case: Case, terms: str, has_weights: bool) -> dict[str, Any]:
+    options = dict(TERMS[terms])
+    if "kl_coef" in options:
+        options["ref_logprobs"] = case.ref_logprobs
+    return options | ({"weights": case.weights} if has_weights else {})
+
+
+@pytest.mark.parametrize("has_weights", [False, True])
+@pytest.mark.parametrize("terms", TERMS)
+def test_terms_equal_the_reference(terms: str, has_weights: bool) -> None:
+    case = Case()
+    case.ref_logprobs[0] += 30.0  # beyond the bound of the exponent
+    options = with_terms(case, terms, has_weights)
+    loss, stats = case.run(chunk_tokens=4, temperature=0.6, **options)
+    expected, expected_stats = case.run(linear_policy_loss_reference, temperature=0.6, **options)
+    torch.testing.assert_close(loss, expected)
+    assert_same_stats(stats, expected_stats)
+    for a, b in zip(case.gradients(3 * loss), case.gradients(3 * expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_gradcheck_of_all_terms(estimator: str) -> None:
+    case = Case(M=6, D=3, V=5)
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return linear_policy_loss(
+            hidden, weight, case.token_ids, case.old_logprobs, case.advantages, case.loss_mask,
+            bias=bias, denominator=4.0, temperature=0.8, entropy_coef=0.3, chunk_tokens=4,
+            clip_range_high=0.4, dual_clip=1.5, weights=case.weights, kl_coef=0.6,
+            ref_logprobs=case.ref_logprobs, kl_estimator=estimator)[0]
+
+    assert torch.autograd.gradcheck(loss, (case.hidden, case.weight, case.bias))
+
+
+def one_token(ratio: float, advantage: float, **options: Any) -> tuple[float, float, float]:
+    """Loss, its derivative by the log-prob, and whether the clip changed it; log-prob log 1/2."""
+    logits = torch.zeros(2, 1, dtype=torch.float64, requires_grad=True)
+    loss, stats = linear_policy_loss(
+        torch.ones(1, 1, dtype=torch.float64), logits, torch.tensor([1]),
+        torch.tensor([math.log(0.5 / ratio)], dtype=torch.float64),
+        torch.tensor([advantage], dtype=torch.float64), torch.tensor([True]), denominator=1,
+        **options)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    # The log-prob of token 1 is log sigmoid of the difference of the logits: slope 1/2.
+    return loss.item(), 2 * gradient[1].item(), stats.clip_fraction.item()
+
+
+# (ratio, advantage, loss, derivative by the log-prob, clipped), by hand.
+@pytest.mark.parametrize("ratio, advantage, loss, slope, clipped", [
+    (1.25, 1.0, -1.25, -1.25, 0), (1.5, 1.0, -1.3, 0.0, 1), (0.95, -1.0, 0.95, 0.95, 0),
+    (0.85, -1.0, 0.9, 0.0, 1), (2.0, -1.0, 2.0, 2.0, 0), (4.0, -2.0, 6.0, 0.0, 1),
+    (4.0, 1.0, -1.3, 0.0, 1)])
+def test_asymmetric_and_dual_clip_by_hand(
+    ratio: float, advantage: float, loss: float, slope: float, clipped: float
+) -> None:
+    got = one_token(ratio, advantage, clip_range=0.1, clip_range_high=0.3, dual_clip=3.0)
+    assert got == pytest.approx((loss, slope, clipped), abs=1e-12)
+
+
+# The specification's shaped reward: log-probs -1, -2, -0.5 against -1.2, -1.9, -0.9.
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_golden_values_and_slopes(golden: SimpleNamespace, estimator: str) -> None:
+    expected = getattr(golden, f"SHAPING_{estimator.upper()}")
+    for logprob, ref_logprob, kl in zip(golden.SHAPING_LOGPROBS, golden.SHAPING_REF_LOGPROBS,
+                                        expected, strict=True):
+        difference = logprob - ref_logprob
+        loss, slope, _ = one_token(
+            1.0, 0.0, kl_coef=2.0, kl_estimator=estimator,
+            ref_logprobs=torch.tensor([math.log(0.5) - difference], dtype=torch.float64))
+        assert loss == pytest.approx(2 * kl, abs=1e-7)
+        by_hand = 1 - math.exp(-difference) if estimator == "k3" else difference
+        assert slope == pytest.approx(2 * by_hand, abs=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_mean_gradient_is_that_of_a_kl(estimator: str) -> None:
+    """All tokens, each weighted by its probability: k1 and k2 KL(p || r), k3 KL(r || p)."""
+    torch.manual_seed(3)
+    scores = torch.randn(7, 1, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(7, dtype=torch.float64).log_softmax(0)
+    p = scores[:, 0].log_softmax(0)
+    forward = (p.exp() * (p - reference)).sum()
+    reverse = (reference.exp() * (reference - p)).sum()
+    (expected,) = torch.autograd.grad(reverse if estimator == "k3" else forward, scores)
+    ones = torch.ones(7, dtype=torch.float64)
+    loss, _ = linear_policy_loss(
+        ones[:, None], scores, torch.arange(7), p.detach(), 0 * ones, ones.bool(), denominator=1,
+        weights=p.detach().exp(), kl_coef=1.0, ref_logprobs=reference, kl_estimator=estimator)
+    (got,) = torch.autograd.grad(loss, scores)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"dual_clip": 1.0}, "expected dual_clip above 1, got 1.0"),
+    ({"clip_range_high": 0.0}, "clip_range_high"), ({"kl_coef": -0.1}, "kl_coef"),
+    ({"kl_coef": 0.1}, "expected ref_logprobs where kl_coef is above 0 .* and none"),
+    ({"ref_logprobs": torch.zeros(23)}, "got kl_coef 0.0 and some"),
+    ({"kl_estimator": "k4"}, "expected kl_estimator k1, k2 or k3, got 'k4'")])
+def test_terms_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Case().run(**options)
+    with pytest.raises(ShapeError, match="weights"):
+        Case().run(weights=torch.ones(5))
+
+
 # One row; one column; GPT-2's vocabulary, which no chunk size divides.
 @pytest.mark.parametrize("M, D, V", [(1, 5, 11), (3, 1, 1), (3, 4, 50257)])
 def test_odd_shapes_in_float32(M: int, D: int, V: int) -> None:
@@ -143,12 +261,15 @@ def test_any_split_gives_the_same_loss_and_gradients(
 
 def test_masked_rows_may_hold_anything() -> None:
     case = Case()
-    expected, expected_stats = case.run(entropy_coef=0.1)
+    options = {"entropy_coef": 0.1, "kl_coef": 0.3, "weights": case.weights,
+               "ref_logprobs": case.ref_logprobs}
+    expected, expected_stats = case.run(**options)
     expected_gradients = case.gradients(expected)
     with torch.no_grad():
-        for values in (case.hidden, case.old_logprobs, case.advantages):
+        for values in (case.hidden, case.old_logprobs, case.advantages, case.weights,
+                       case.ref_logprobs):
             values[~case.loss_mask] = float("nan")
-    loss, stats = case.run(entropy_coef=0.1)
+    loss, stats = case.run(**options)
     assert torch.equal(loss, expected)
     assert_same_stats(stats, expected_stats)
     got = case.gradients(loss)

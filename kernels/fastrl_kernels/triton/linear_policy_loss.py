@@ -1,7 +1,9 @@
 """linear_policy_loss on a GPU: each chunk of logits becomes its own gradient in one launch.
 
     z = (hidden @ weight.T + bias) / temperature        rho = exp(logprob(z) - old_logprob)
-    loss = sum_mask (max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) - entropy_coef H) / denominator
+    L = max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range_high))
+        where A < 0 and dual_clip is given: min(L, -A dual_clip)
+    loss = sum_mask w (L + kl_coef kl - entropy_coef H) / denominator
 
 Per chunk: logits by cuBLAS, one program per row that reduces the row, knows then the token's loss,
 statistics and derivatives, and walks the row again to overwrite it with its gradient, and the two
@@ -14,7 +16,7 @@ Limits: float32, float16, bfloat16; differentiable once. Source: Schulman et al.
 """
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -44,16 +46,21 @@ from fastrl_kernels.triton.ppo_loss import policy_token
 from fastrl_kernels.triton.support import DTYPES, AotCase, supports
 
 __all__ = ["aot_cases", "linear_policy_loss", "supports"]
-NUM_STATS = 9
-"""count, loss, clipped, k2, k3, ratio, ratio^2, entropy: sums; |log_ratio|: the largest."""
+NUM_STATS = 10
+"""count, w L, clipped, k2, k3, ratio, ratio^2, entropy: sums; |log_ratio|: the largest; the sum of
+w (L + kl_coef kl - entropy_coef H)."""
+ESTIMATORS = ("k1", "k2", "k3")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _policy_loss_kernel(  # type: ignore[no-untyped-def]
-    logits_ptr, bias_ptr, token_ids_ptr, old_logprobs_ptr, advantages_ptr, mask_ptr, dlogits_ptr,
-    stats_ptr, num_columns, stride_logits_m, stride_dlogits_m, stride_stats_k,
-    inverse_temperature, ratio_low, ratio_high, entropy_coef, max_log_ratio,
-    HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, WRITES_GRADIENT: tl.constexpr,
+    logits_ptr, bias_ptr, token_ids_ptr, old_logprobs_ptr, advantages_ptr, mask_ptr, weights_ptr,
+    ref_logprobs_ptr, dlogits_ptr, stats_ptr,
+    num_columns, stride_logits_m, stride_dlogits_m, stride_stats_k,
+    inverse_temperature, ratio_low, ratio_high, dual_clip, entropy_coef, kl_coef, max_log_ratio,
+    max_exponent,
+    HAS_BIAS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_DUAL_CLIP: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, KL: tl.constexpr, WRITES_GRADIENT: tl.constexpr,
     NUM_STATS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -66,12 +73,36 @@ def _policy_loss_kernel(  # type: ignore[no-untyped-def]
                                                inverse_temperature, HAS_BIAS, BLOCK_V)
         token = tl.load(token_ids_ptr + row)
         z = token_score(row_ptr, bias_ptr, token, num_columns, 1, inverse_temperature, HAS_BIAS)
+        logprob = z - maximum - log_sum
+        advantage = tl.load(advantages_ptr + row).to(tl.float32)
         exact, log_ratio, ratio, loss, is_clipped, dlogprob = policy_token(
-            z - maximum - log_sum, tl.load(old_logprobs_ptr + row).to(tl.float32),
-            tl.load(advantages_ptr + row).to(tl.float32), ratio_low, ratio_high, max_log_ratio)
+            logprob, tl.load(old_logprobs_ptr + row).to(tl.float32), advantage, ratio_low,
+            ratio_high, max_log_ratio)
+        if HAS_DUAL_CLIP:
+            bound = -dual_clip * advantage
+            is_capped = (advantage < 0) & (loss > bound)
+            loss = tl.where(is_capped, bound, loss)
+            dlogprob = tl.where(is_capped, 0.0, dlogprob)
+            is_clipped = is_clipped | is_capped
+        weight = 1.0
+        if HAS_WEIGHTS:
+            weight = tl.load(weights_ptr + row).to(tl.float32)
+        objective = loss.to(tl.float64) - entropy_coef * entropy.to(tl.float64)
+        if KL > 0:
+            # In float64: exp(u) - 1 - u and exp(u) - 1 cancel where the models are near.
+            u = (tl.load(ref_logprobs_ptr + row).to(tl.float32) - logprob).to(tl.float64)
+            if KL == 3:
+                held = tl.where(u > max_exponent, max_exponent, u)
+                kl = tl.exp(held) - 1.0 - held
+                dkl = tl.where(u > max_exponent, 0.0, 1.0 - tl.exp(held))
+            else:
+                kl = -u if KL == 1 else 0.5 * u * u
+                dkl = -u
+            objective += kl_coef * kl
+            dlogprob += (kl_coef * dkl).to(tl.float32)
         wide = log_ratio.to(tl.float64)  # exp(u) - 1 - u cancels for ratios near 1
         tl.store(stats_ptr, 1.0)
-        tl.store(stats_ptr + stride, loss)
+        tl.store(stats_ptr + stride, weight * loss)
         tl.store(stats_ptr + 2 * stride, is_clipped.to(tl.float64))
         tl.store(stats_ptr + 3 * stride, 0.5 * wide * wide)
         tl.store(stats_ptr + 4 * stride, tl.exp(wide) - 1.0 - wide)
@@ -79,9 +110,10 @@ def _policy_loss_kernel(  # type: ignore[no-untyped-def]
         tl.store(stats_ptr + 6 * stride, ratio.to(tl.float64) * ratio)
         tl.store(stats_ptr + 7 * stride, entropy)
         tl.store(stats_ptr + 8 * stride, tl.abs(exact))
+        tl.store(stats_ptr + 9 * stride, weight * objective)
         if WRITES_GRADIENT:
             write_gradient(row_ptr, bias_ptr, drow_ptr, token, maximum, log_sum, entropy, dlogprob,
-                           -entropy_coef, 1.0, num_columns, 1, 1, inverse_temperature,
+                           -entropy_coef, weight, num_columns, 1, 1, inverse_temperature,
                            HAS_BIAS, HAS_ENTROPY, True, BLOCK_V)
     else:
         for k in range(NUM_STATS):
@@ -93,12 +125,28 @@ def _policy_loss_kernel(  # type: ignore[no-untyped-def]
                 tl.store(drow_ptr + columns, zeros, mask=columns < num_columns)
 
 
+class Settings(NamedTuple):
+    """Coefficients of a token's loss."""
+
+    clip_range: float
+    clip_range_high: float
+    dual_clip: float
+    """0: none."""
+    temperature: float
+    entropy_coef: float
+    kl_coef: float
+    kl_estimator: float
+    """1, 2, 3; 0: no KL. As the others, for an op's list holds one type."""
+    max_log_ratio: float
+    max_exponent: float
+
+
 def policy_loss_of_logits(
     logits: Tensor, token_ids: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor,
-    stats: Tensor, bias: Tensor | None, gradient_dtype: torch.dtype | None, clip_range: float,
-    temperature: float, entropy_coef: float, max_log_ratio: float,
+    weights: Tensor | None, ref_logprobs: Tensor | None, stats: Tensor, bias: Tensor | None,
+    gradient_dtype: torch.dtype | None, settings: Settings,
 ) -> Tensor:
-    """Write the tokens' statistics to `stats` [9, m]; returns the gradient that overwrote `logits`.
+    """Write the tokens' statistics to `stats` [10, m]; returns the gradient over the `logits`.
 
     The gradient is that of the sum of the losses by z. `logits` is contiguous; where
     `gradient_dtype` is None they stay as they are and are returned.
@@ -106,23 +154,28 @@ def policy_loss_of_logits(
     dlogits = logits if gradient_dtype is None else gradient_view(logits, gradient_dtype)
     _policy_loss_kernel[(len(logits),)](
         logits, logits if bias is None else bias.contiguous(), token_ids.contiguous(),
-        old_logprobs.contiguous(), advantages.contiguous(), loss_mask.contiguous(), dlogits, stats,
+        old_logprobs.contiguous(), advantages.contiguous(), loss_mask.contiguous(),
+        logits if weights is None else weights.contiguous(),
+        logits if ref_logprobs is None else ref_logprobs.contiguous(), dlogits, stats,
         logits.shape[1], logits.stride(0), dlogits.stride(0), stats.stride(0),
-        1 / temperature, 1 - clip_range, 1 + clip_range, entropy_coef, max_log_ratio,
-        HAS_BIAS=bias is not None, HAS_ENTROPY=entropy_coef != 0,
-        WRITES_GRADIENT=gradient_dtype is not None, NUM_STATS=NUM_STATS,
-        **block_settings(logits.shape[1]),
+        1 / settings.temperature, 1 - settings.clip_range, 1 + settings.clip_range_high,
+        settings.dual_clip, settings.entropy_coef, settings.kl_coef, settings.max_log_ratio,
+        settings.max_exponent,
+        HAS_BIAS=bias is not None, HAS_ENTROPY=settings.entropy_coef != 0,
+        HAS_DUAL_CLIP=settings.dual_clip > 0, HAS_WEIGHTS=weights is not None,
+        KL=int(settings.kl_estimator), WRITES_GRADIENT=gradient_dtype is not None,
+        NUM_STATS=NUM_STATS, **block_settings(logits.shape[1]),
     )
     return dlogits
 
 
 def linear_policy_loss_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, old_logprobs: Tensor,
-    advantages: Tensor, loss_mask: Tensor, clip_range: float, temperature: float,
-    entropy_coef: float, max_log_ratio: float, chunk_tokens: int | None,
-    logits_dtype: torch.dtype, needs: tuple[bool, bool, bool],
+    advantages: Tensor, loss_mask: Tensor, weights: Tensor | None, ref_logprobs: Tensor | None,
+    settings: Settings, chunk_tokens: int | None, logits_dtype: torch.dtype,
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Gradients]:
-    """Statistics [9] float64 and the gradients that are needed, of the sum of the losses by z."""
+    """Statistics [10] float64 and the gradients that are needed, of the sum of the losses by z."""
     gradients = new_gradients(hidden, weight, bias, needs)
     hidden, weight = same_dtype(hidden, weight)
     chunks = chunk_slices(len(hidden), logits_dtype.itemsize * len(weight), chunk_tokens)
@@ -135,22 +188,23 @@ def linear_policy_loss_fwd(
         multiply(kept, weight.T, logits)
         dlogits = policy_loss_of_logits(
             logits, token_ids[rows], old_logprobs[rows], advantages[rows], loss_mask[rows],
-            stats[:, rows], bias, hidden.dtype if any(needs) else None, clip_range, temperature,
-            entropy_coef, max_log_ratio)
+            None if weights is None else weights[rows],
+            None if ref_logprobs is None else ref_logprobs[rows],
+            stats[:, rows], bias, hidden.dtype if any(needs) else None, settings)
         add_head_gradients(dlogits, kept, weight, rows, gradients)
-    return torch.cat([stats[:-1].sum(dim=1), stats[-1:].amax(dim=1)]), gradients
+    sums = torch.cat([stats[:8].sum(dim=1), stats[8:9].amax(dim=1), stats[9:].sum(dim=1)])
+    return sums, gradients
 
 
 @torch.library.custom_op("fastrl_kernels::linear_policy_loss", mutates_args=())
 def _fwd_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, old_logprobs: Tensor,
-    advantages: Tensor, loss_mask: Tensor, clip_range: float, temperature: float,
-    entropy_coef: float, max_log_ratio: float, chunk_tokens: int | None,
-    logits_dtype: torch.dtype, needs: list[bool],
+    advantages: Tensor, loss_mask: Tensor, weights: Tensor | None, ref_logprobs: Tensor | None,
+    settings: list[float], chunk_tokens: int | None, logits_dtype: torch.dtype, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stats, gradients = linear_policy_loss_fwd(
-        hidden, weight, bias, token_ids, old_logprobs, advantages, loss_mask, clip_range,
-        temperature, entropy_coef, max_log_ratio, chunk_tokens, logits_dtype,
+        hidden, weight, bias, token_ids, old_logprobs, advantages, loss_mask, weights,
+        ref_logprobs, Settings._make(settings), chunk_tokens, logits_dtype,
         (needs[0], needs[1], needs[2]))
     return stats, *as_tensors(gradients, hidden)
 
@@ -191,35 +245,46 @@ class KnownGradients(torch.autograd.Function):
 def linear_policy_loss(
     hidden: Tensor, weight: Tensor, token_ids: Tensor, old_logprobs: Tensor, advantages: Tensor,
     loss_mask: Tensor, *, bias: Tensor | None = None, denominator: float, clip_range: float = 0.2,
-    temperature: float = 1.0, entropy_coef: float = 0.0, max_log_ratio: float = 20.0,
-    chunk_tokens: int | None = None, logits_dtype: torch.dtype = torch.float32,
+    clip_range_high: float | None = None, dual_clip: float | None = None, temperature: float = 1.0,
+    entropy_coef: float = 0.0, weights: Tensor | None = None, ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0, kl_estimator: str = "k3", max_log_ratio: float = 20.0,
+    max_exponent: float = 20.0, chunk_tokens: int | None = None,
+    logits_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """fastrl.ops.linear_policy_loss on this backend: the loss, and the statistics as [9] float64.
 
     Args:
         max_log_ratio: Where the log-ratio is held, in both directions.
+        max_exponent: Where the exponent of k3 is held.
         logits_dtype: float32, or the type of hidden: half the bytes, logits rounded once.
     """
     inputs = (hidden, weight, bias)
     is_recording = torch.is_grad_enabled()
     needs: Any = tuple(is_recording and x is not None and x.requires_grad for x in inputs)
-    arguments: Any = (*(None if x is None else x.detach() for x in inputs), token_ids,
-                      old_logprobs.detach(), advantages.detach(), loss_mask, clip_range,
-                      temperature, entropy_coef, max_log_ratio, chunk_tokens, logits_dtype)
+    settings = Settings(
+        clip_range, clip_range if clip_range_high is None else clip_range_high, dual_clip or 0.0,
+        temperature, entropy_coef, kl_coef,
+        0 if ref_logprobs is None else 1 + ESTIMATORS.index(kl_estimator), max_log_ratio,
+        max_exponent)
+    tensors: Any = (*(None if x is None else x.detach() for x in inputs), token_ids,
+                    old_logprobs.detach(), advantages.detach(), loss_mask,
+                    None if weights is None else weights.detach(),
+                    None if ref_logprobs is None else ref_logprobs.detach())
     if torch.compiler.is_compiling():
-        stats, *made = _fwd_op(*arguments, list(needs))
+        stats, *made = _fwd_op(*tensors, [float(x) for x in settings], chunk_tokens, logits_dtype,
+                               list(needs))
         dhidden, dweight, dbias = (gradient if is_needed else None
                                    for gradient, is_needed in zip(made, needs, strict=True))
         gradients: Gradients = dhidden, dweight, dbias
     else:
-        arguments = (*arguments, needs)
+        arguments: Any = (*tensors, settings, chunk_tokens, logits_dtype, needs)
         stats, gradients = linear_policy_loss_fwd(*arguments)
-    loss = ((stats[1] - entropy_coef * stats[7]) / denominator).float()
+    loss = (stats[9] / denominator).float()
     if any(needs):
         loss = KnownGradients.apply(  # type: ignore[no-untyped-call]
             loss, 1 / (denominator * temperature), *gradients, *inputs
         )
-    return loss, stats
+    return loss, stats[:9]
 
 
 def aot_cases(every: bool = False) -> list[AotCase]:
@@ -227,19 +292,24 @@ def aot_cases(every: bool = False) -> list[AotCase]:
     types = {
         "bias_ptr": "*fp32", "token_ids_ptr": "*i64",
         "old_logprobs_ptr": "*fp32", "advantages_ptr": "*fp32", "mask_ptr": "*i1",
+        "weights_ptr": "*fp32", "ref_logprobs_ptr": "*fp32",
         "stats_ptr": "*fp64", "num_columns": "i32",
         "stride_logits_m": "i32", "stride_dlogits_m": "i32", "stride_stats_k": "i32",
         "inverse_temperature": "fp32", "ratio_low": "fp32", "ratio_high": "fp32",
-        "entropy_coef": "fp32", "max_log_ratio": "fp32",
+        "dual_clip": "fp32", "entropy_coef": "fp32", "kl_coef": "fp32", "max_log_ratio": "fp32",
+        "max_exponent": "fp32",
     }
     flags = (True, False) if every else (True,)
     pairs = [("fp32", dtype) for dtype in DTYPES]  # of the logits and of their gradient
     pairs += [(dtype, dtype) for dtype in ("fp16", "bf16")] if every else []
+    # Dual clip and weights, and the estimator of the KL: of PPO, of GRPO, and the others.
+    terms = [(False, 0), (True, 3), *([(True, 1), (True, 2)] if every else [])]
     return [
         (_policy_loss_kernel,
          {**types, "logits_ptr": f"*{logits}", "dlogits_ptr": f"*{dlogits}"},
-         {"HAS_BIAS": has_bias, "HAS_ENTROPY": has_entropy, "WRITES_GRADIENT": writes_gradient,
+         {"HAS_BIAS": has_bias, "HAS_ENTROPY": has_entropy, "HAS_DUAL_CLIP": has_more,
+          "HAS_WEIGHTS": has_more, "KL": kl, "WRITES_GRADIENT": writes_gradient,
           "NUM_STATS": NUM_STATS, "BLOCK_V": MAX_BLOCK, "num_warps": 8})
-        for (logits, dlogits), has_bias, has_entropy, writes_gradient in itertools.product(
-            pairs, flags, flags, flags)
+        for (logits, dlogits), has_bias, has_entropy, writes_gradient, (has_more, kl)
+        in itertools.product(pairs, flags, flags, flags, terms)
     ]
