@@ -60,7 +60,7 @@ def linear_policy_loss_reference(
     dual_clip: float | None = None,
     temperature: float = 1.0,
     entropy_coef: float = 0.0,
-    weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: Estimator = "k3",
@@ -69,7 +69,8 @@ def linear_policy_loss_reference(
     hidden = hidden.masked_fill(~loss_mask[:, None], 0.0)
     logprobs, entropy = linear_logprobs_reference(
         hidden, weight, masked_to_zero(token_ids, loss_mask), bias=bias, temperature=temperature)
-    tokens = _Rows(hidden, token_ids, old_logprobs, advantages, loss_mask, weights, ref_logprobs)
+    tokens = _Rows(hidden, token_ids, old_logprobs, advantages, loss_mask, token_weights,
+                   ref_logprobs)
     coefficients = _Coefficients(denominator, clip_range, clip_range_high, dual_clip, temperature,
                                  entropy_coef, kl_coef, kl_estimator)
     return _total(logprobs, entropy, tokens, coefficients)
@@ -83,7 +84,7 @@ class _Rows(NamedTuple):
     old_logprobs: Tensor
     advantages: Tensor
     loss_mask: Tensor
-    weights: Tensor | None
+    token_weights: Tensor | None
     ref_logprobs: Tensor | None
 
 
@@ -105,7 +106,8 @@ def _total(
     c = coefficients
     losses, stats = token_losses(
         logprobs, tokens.old_logprobs, tokens.advantages, tokens.loss_mask, c.clip_range, entropy,
-        clip_range_high=c.clip_range_high, dual_clip=c.dual_clip, weights=tokens.weights)
+        clip_range_high=c.clip_range_high, dual_clip=c.dual_clip,
+        token_weights=tokens.token_weights)
     weights = _wide_weights(tokens, logprobs.dtype)
     bonus = (weights * entropy).masked_fill(~tokens.loss_mask, 0.0).sum()
     total = losses.sum() - c.entropy_coef * bonus
@@ -117,8 +119,9 @@ def _total(
 
 def _wide_weights(tokens: _Rows, dtype: torch.dtype) -> Tensor:
     """Weights [M], 0 where masked."""
-    mask = tokens.loss_mask.to(dtype)
-    return mask if tokens.weights is None else tokens.weights.to(dtype).where(tokens.loss_mask, 0.0)
+    if tokens.token_weights is None:
+        return tokens.loss_mask.to(dtype)
+    return tokens.token_weights.to(dtype).masked_fill(~tokens.loss_mask, 0.0)
 
 
 def _kl_terms(
@@ -281,7 +284,7 @@ def linear_policy_loss(
     dual_clip: float | None = None,
     temperature: float = 1.0,
     entropy_coef: float = 0.0,
-    weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: Estimator = "k3",
@@ -309,7 +312,7 @@ def linear_policy_loss(
         dual_clip: Bound of the loss of a bad token, in units of -A; None: none.
         temperature: Divides the logits.
         entropy_coef: Weight of the entropy bonus.
-        weights: [M] float. w of each token; None: 1.
+        token_weights: [M] float. w of each token; None: 1.
         ref_logprobs: [M] float. Of the reference; given exactly where kl_coef is above 0.
         kl_coef: Weight of the KL to the reference.
         kl_estimator: See `kl_estimate`. k2 and k3 are differentiated as they stand; k1 has the
@@ -341,7 +344,7 @@ def linear_policy_loss(
     """
     coefficients = _Coefficients(denominator, clip_range, clip_range_high, dual_clip, temperature,
                                  entropy_coef, kl_coef, kl_estimator)
-    optional = {"weights": weights, "ref_logprobs": ref_logprobs}
+    optional = {"token_weights": token_weights, "ref_logprobs": ref_logprobs}
     given = {name: values for name, values in optional.items() if values is not None}
     _check(hidden, weight, {"token_ids": token_ids, "old_logprobs": old_logprobs,
                             "advantages": advantages, **given}, loss_mask, bias, coefficients,
@@ -354,11 +357,11 @@ def linear_policy_loss(
 
         loss, sums = kernels.linear_policy_loss(
             hidden, weight, token_ids, old_logprobs, advantages, loss_mask, bias=bias,
-            weights=weights, ref_logprobs=ref_logprobs, **coefficients._asdict(),
+            token_weights=token_weights, ref_logprobs=ref_logprobs, **coefficients._asdict(),
             max_log_ratio=MAX_LOG_RATIO, max_exponent=MAX_EXPONENT, chunk_tokens=chunk_tokens)
         return loss, PolicyStats(*sums.unbind())
     tokens = _Rows(hidden, masked_to_zero(token_ids, loss_mask), old_logprobs, advantages,
-                   loss_mask, weights, ref_logprobs)
+                   loss_mask, token_weights, ref_logprobs)
     is_recording = torch.is_grad_enabled()
     needs = (is_recording and hidden.requires_grad, is_recording and weight.requires_grad,
              is_recording and bias is not None and bias.requires_grad)

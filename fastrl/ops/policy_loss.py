@@ -77,7 +77,7 @@ def token_losses(
     *,
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
-    weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """Clipped losses [M] times their weights, 0 where masked, and their statistics."""
     dtype = wide_dtype(logprobs.dtype)
@@ -93,8 +93,8 @@ def token_losses(
         is_capped = (advantages < 0) & (losses > -dual_clip * advantages)
         losses = torch.where(is_capped, -dual_clip * advantages, losses)
         is_clipped = is_clipped | is_capped
-    if weights is not None:
-        losses = losses * weights.to(dtype).masked_fill(~loss_mask, 0.0)
+    if token_weights is not None:
+        losses = losses * token_weights.to(dtype).masked_fill(~loss_mask, 0.0)
     wide = log_ratio.detach().double()
     ratios = ratio.detach().double().masked_fill(~loss_mask, 0.0)
     stats = PolicyStats(

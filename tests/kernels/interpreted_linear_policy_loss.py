@@ -45,7 +45,7 @@ class Case:
         for name, x in values.items():
             if x is not None and x.is_floating_point() and double:
                 values[name] = x.double()
-        for name in ("weights", "ref_logprobs"):
+        for name in ("token_weights", "ref_logprobs"):
             if options.get(name) is not None and double:
                 options[name] = options[name].double()
         leaves = {name: values[name].detach().requires_grad_() for name in NAMES[:3]
@@ -103,7 +103,7 @@ def test_terms(terms: str, has_weights: bool) -> None:
     if "kl_coef" in options:
         options["ref_logprobs"] = case.ref_logprobs
     if has_weights:
-        options["weights"] = case.weights
+        options["token_weights"] = case.weights
     case.assert_as_good_as_torch(chunk_tokens=4, **options)
 
 
@@ -146,7 +146,7 @@ def test_half_precision_logits_on_request() -> None:
 
 def test_masked_rows_may_hold_anything() -> None:
     case = Case()
-    options = {"entropy_coef": 0.1, "kl_coef": 0.3, "weights": case.weights,
+    options = {"entropy_coef": 0.1, "kl_coef": 0.3, "token_weights": case.weights,
                "ref_logprobs": case.ref_logprobs}
     expected = case.run(backend="triton", **options)
     for values in (case.hidden, case.old_logprobs, case.advantages, case.weights,

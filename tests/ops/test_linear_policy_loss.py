@@ -103,7 +103,7 @@ def with_terms(case: Case, terms: str, has_weights: bool) -> dict[str, Any]:
     options = dict(TERMS[terms])
     if "kl_coef" in options:
         options["ref_logprobs"] = case.ref_logprobs
-    return options | ({"weights": case.weights} if has_weights else {})
+    return options | ({"token_weights": case.weights} if has_weights else {})
 
 
 @pytest.mark.parametrize("has_weights", [False, True])
@@ -128,7 +128,7 @@ def test_gradcheck_of_all_terms(estimator: str) -> None:
         return linear_policy_loss(
             hidden, weight, case.token_ids, case.old_logprobs, case.advantages, case.loss_mask,
             bias=bias, denominator=4.0, temperature=0.8, entropy_coef=0.3, chunk_tokens=4,
-            clip_range_high=0.4, dual_clip=1.5, weights=case.weights, kl_coef=0.6,
+            clip_range_high=0.4, dual_clip=1.5, token_weights=case.weights, kl_coef=0.6,
             ref_logprobs=case.ref_logprobs, kl_estimator=estimator)[0]
 
     assert torch.autograd.gradcheck(loss, (case.hidden, case.weight, case.bias))
@@ -187,7 +187,7 @@ def test_the_mean_gradient_is_that_of_a_kl(estimator: str) -> None:
     ones = torch.ones(7, dtype=torch.float64)
     loss, _ = linear_policy_loss(
         ones[:, None], scores, torch.arange(7), p.detach(), 0 * ones, ones.bool(), denominator=1,
-        weights=p.detach().exp(), kl_coef=1.0, ref_logprobs=reference, kl_estimator=estimator)
+        token_weights=p.detach().exp(), kl_coef=1.0, ref_logprobs=reference, kl_estimator=estimator)
     (got,) = torch.autograd.grad(loss, scores)
     torch.testing.assert_close(got, expected)
 
@@ -201,8 +201,8 @@ def test_the_mean_gradient_is_that_of_a_kl(estimator: str) -> None:
 def test_terms_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Case().run(**options)
-    with pytest.raises(ShapeError, match="weights"):
-        Case().run(weights=torch.ones(5))
+    with pytest.raises(ShapeError, match="token_weights"):
+        Case().run(token_weights=torch.ones(5))
 
 
 # One row; one column; GPT-2's vocabulary, which no chunk size divides.
@@ -261,7 +261,7 @@ def test_any_split_gives_the_same_loss_and_gradients(
 
 def test_masked_rows_may_hold_anything() -> None:
     case = Case()
-    options = {"entropy_coef": 0.1, "kl_coef": 0.3, "weights": case.weights,
+    options = {"entropy_coef": 0.1, "kl_coef": 0.3, "token_weights": case.weights,
                "ref_logprobs": case.ref_logprobs}
     expected, expected_stats = case.run(**options)
     expected_gradients = case.gradients(expected)

@@ -54,8 +54,8 @@ ESTIMATORS = ("k1", "k2", "k3")
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _policy_loss_kernel(  # type: ignore[no-untyped-def]
-    logits_ptr, bias_ptr, token_ids_ptr, old_logprobs_ptr, advantages_ptr, mask_ptr, weights_ptr,
-    ref_logprobs_ptr, dlogits_ptr, stats_ptr,
+    logits_ptr, bias_ptr, token_ids_ptr, old_logprobs_ptr, advantages_ptr, mask_ptr,
+    token_weights_ptr, ref_logprobs_ptr, dlogits_ptr, stats_ptr,
     num_columns, stride_logits_m, stride_dlogits_m, stride_stats_k,
     inverse_temperature, ratio_low, ratio_high, dual_clip, entropy_coef, kl_coef, max_log_ratio,
     max_exponent,
@@ -86,7 +86,7 @@ def _policy_loss_kernel(  # type: ignore[no-untyped-def]
             is_clipped = is_clipped | is_capped
         weight = 1.0
         if HAS_WEIGHTS:
-            weight = tl.load(weights_ptr + row).to(tl.float32)
+            weight = tl.load(token_weights_ptr + row).to(tl.float32)
         objective = loss.to(tl.float64) - entropy_coef * entropy.to(tl.float64)
         if KL > 0:
             # In float64: exp(u) - 1 - u and exp(u) - 1 cancel where the models are near.
@@ -143,7 +143,7 @@ class Settings(NamedTuple):
 
 def policy_loss_of_logits(
     logits: Tensor, token_ids: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor,
-    weights: Tensor | None, ref_logprobs: Tensor | None, stats: Tensor, bias: Tensor | None,
+    token_weights: Tensor | None, ref_logprobs: Tensor | None, stats: Tensor, bias: Tensor | None,
     gradient_dtype: torch.dtype | None, settings: Settings,
 ) -> Tensor:
     """Write the tokens' statistics to `stats` [10, m]; returns the gradient over the `logits`.
@@ -155,14 +155,14 @@ def policy_loss_of_logits(
     _policy_loss_kernel[(len(logits),)](
         logits, logits if bias is None else bias.contiguous(), token_ids.contiguous(),
         old_logprobs.contiguous(), advantages.contiguous(), loss_mask.contiguous(),
-        logits if weights is None else weights.contiguous(),
+        logits if token_weights is None else token_weights.contiguous(),
         logits if ref_logprobs is None else ref_logprobs.contiguous(), dlogits, stats,
         logits.shape[1], logits.stride(0), dlogits.stride(0), stats.stride(0),
         1 / settings.temperature, 1 - settings.clip_range, 1 + settings.clip_range_high,
         settings.dual_clip, settings.entropy_coef, settings.kl_coef, settings.max_log_ratio,
         settings.max_exponent,
         HAS_BIAS=bias is not None, HAS_ENTROPY=settings.entropy_coef != 0,
-        HAS_DUAL_CLIP=settings.dual_clip > 0, HAS_WEIGHTS=weights is not None,
+        HAS_DUAL_CLIP=settings.dual_clip > 0, HAS_WEIGHTS=token_weights is not None,
         KL=int(settings.kl_estimator), WRITES_GRADIENT=gradient_dtype is not None,
         NUM_STATS=NUM_STATS, **block_settings(logits.shape[1]),
     )
@@ -171,9 +171,9 @@ def policy_loss_of_logits(
 
 def linear_policy_loss_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, old_logprobs: Tensor,
-    advantages: Tensor, loss_mask: Tensor, weights: Tensor | None, ref_logprobs: Tensor | None,
-    settings: Settings, chunk_tokens: int | None, logits_dtype: torch.dtype,
-    needs: tuple[bool, bool, bool],
+    advantages: Tensor, loss_mask: Tensor, token_weights: Tensor | None,
+    ref_logprobs: Tensor | None, settings: Settings, chunk_tokens: int | None,
+    logits_dtype: torch.dtype, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Gradients]:
     """Statistics [10] float64 and the gradients that are needed, of the sum of the losses by z."""
     gradients = new_gradients(hidden, weight, bias, needs)
@@ -188,7 +188,7 @@ def linear_policy_loss_fwd(
         multiply(kept, weight.T, logits)
         dlogits = policy_loss_of_logits(
             logits, token_ids[rows], old_logprobs[rows], advantages[rows], loss_mask[rows],
-            None if weights is None else weights[rows],
+            None if token_weights is None else token_weights[rows],
             None if ref_logprobs is None else ref_logprobs[rows],
             stats[:, rows], bias, hidden.dtype if any(needs) else None, settings)
         add_head_gradients(dlogits, kept, weight, rows, gradients)
@@ -199,11 +199,12 @@ def linear_policy_loss_fwd(
 @torch.library.custom_op("fastrl_kernels::linear_policy_loss", mutates_args=())
 def _fwd_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, old_logprobs: Tensor,
-    advantages: Tensor, loss_mask: Tensor, weights: Tensor | None, ref_logprobs: Tensor | None,
-    settings: list[float], chunk_tokens: int | None, logits_dtype: torch.dtype, needs: list[bool],
+    advantages: Tensor, loss_mask: Tensor, token_weights: Tensor | None,
+    ref_logprobs: Tensor | None, settings: list[float], chunk_tokens: int | None,
+    logits_dtype: torch.dtype, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stats, gradients = linear_policy_loss_fwd(
-        hidden, weight, bias, token_ids, old_logprobs, advantages, loss_mask, weights,
+        hidden, weight, bias, token_ids, old_logprobs, advantages, loss_mask, token_weights,
         ref_logprobs, Settings._make(settings), chunk_tokens, logits_dtype,
         (needs[0], needs[1], needs[2]))
     return stats, *as_tensors(gradients, hidden)
@@ -246,9 +247,9 @@ def linear_policy_loss(
     hidden: Tensor, weight: Tensor, token_ids: Tensor, old_logprobs: Tensor, advantages: Tensor,
     loss_mask: Tensor, *, bias: Tensor | None = None, denominator: float, clip_range: float = 0.2,
     clip_range_high: float | None = None, dual_clip: float | None = None, temperature: float = 1.0,
-    entropy_coef: float = 0.0, weights: Tensor | None = None, ref_logprobs: Tensor | None = None,
-    kl_coef: float = 0.0, kl_estimator: str = "k3", max_log_ratio: float = 20.0,
-    max_exponent: float = 20.0, chunk_tokens: int | None = None,
+    entropy_coef: float = 0.0, token_weights: Tensor | None = None,
+    ref_logprobs: Tensor | None = None, kl_coef: float = 0.0, kl_estimator: str = "k3",
+    max_log_ratio: float = 20.0, max_exponent: float = 20.0, chunk_tokens: int | None = None,
     logits_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """fastrl.ops.linear_policy_loss on this backend: the loss, and the statistics as [9] float64.
@@ -268,7 +269,7 @@ def linear_policy_loss(
         max_exponent)
     tensors: Any = (*(None if x is None else x.detach() for x in inputs), token_ids,
                     old_logprobs.detach(), advantages.detach(), loss_mask,
-                    None if weights is None else weights.detach(),
+                    None if token_weights is None else token_weights.detach(),
                     None if ref_logprobs is None else ref_logprobs.detach())
     if torch.compiler.is_compiling():
         stats, *made = _fwd_op(*tensors, [float(x) for x in settings], chunk_tokens, logits_dtype,
@@ -292,7 +293,7 @@ def aot_cases(every: bool = False) -> list[AotCase]:
     types = {
         "bias_ptr": "*fp32", "token_ids_ptr": "*i64",
         "old_logprobs_ptr": "*fp32", "advantages_ptr": "*fp32", "mask_ptr": "*i1",
-        "weights_ptr": "*fp32", "ref_logprobs_ptr": "*fp32",
+        "token_weights_ptr": "*fp32", "ref_logprobs_ptr": "*fp32",
         "stats_ptr": "*fp64", "num_columns": "i32",
         "stride_logits_m": "i32", "stride_dlogits_m": "i32", "stride_stats_k": "i32",
         "inverse_temperature": "fp32", "ratio_low": "fp32", "ratio_high": "fp32",
