@@ -1,5 +1,5 @@
-"""The command line: `fastrl demo | sft | reward | ppo | dpo | run | generate | chat | plan |
-doctor`.
+"""The command line: `fastrl demo | sft | reward | ppo | dpo | run | generate | chat | merge |
+plan | doctor`.
 
 Options come from the config dataclasses (`fastrl.options`). Nothing heavy is imported before the
 command line is known to be right, so that help and mistakes answer at once.
@@ -33,6 +33,7 @@ COMMANDS: dict[str, str] = {
     "run": "Run the stages of a recipe, skipping those that are finished",
     "generate": "Sample completions, as rows ready to be ranked",
     "chat": "Talk to a model in the terminal",
+    "merge": "Make one plain checkpoint of LoRA adapters and their base model",
     "plan": "Say what a stage will take in memory, and what to change when it does not fit",
     "doctor": "Say what this machine can run, and try it",
 }
@@ -110,8 +111,8 @@ def _dispatch(argv: list[str]) -> int:
     parser = Parser(prog=f"fastrl {command}", description=COMMANDS[command] + ".",
                     allow_abbrev=False)
     handlers: dict[str, Callable[[Parser, list[str]], int]] = {
-        "demo": _demo, "run": _run, "generate": _generate, "chat": _chat, "plan": _plan,
-        "doctor": _doctor,
+        "demo": _demo, "run": _run, "generate": _generate, "chat": _chat,
+        "merge": _merge, "plan": _plan, "doctor": _doctor,
     }
     if command in handlers:
         return handlers[command](parser, rest)
@@ -226,6 +227,18 @@ def _chat(parser: Parser, argv: list[str]) -> int:
     from fastrl.console import Console
 
     chat(config, Console(quiet=quiet))
+    return 0
+
+
+def _merge(parser: Parser, argv: list[str]) -> int:
+    """`fastrl merge`."""
+    from fastrl.merge import MergeRun, merge
+
+    config, quiet = read_options(parser, MergeRun, argv)
+
+    from fastrl.console import Console
+
+    merge(config, Console(quiet=quiet))
     return 0
 
 

@@ -58,13 +58,14 @@ def test_help_version_and_no_command() -> None:
     for argv in ([], ["--help"], ["-h"]):
         result = run_cli(*argv)
         assert result.returncode == 0 and result.stderr == ""
-        for command in ("demo", "sft", "reward", "ppo", "dpo", "run", "generate", "chat", "doctor"):
+        for command in ("demo", "sft", "reward", "ppo", "dpo", "run", "generate", "chat",
+                        "merge", "doctor"):
             assert f"\n  {command} " in result.stdout
     assert run_cli("--version").stdout == "fastrl 0.1.0\n"
 
 
 @pytest.mark.parametrize("command", ["demo", "sft", "reward", "ppo", "dpo", "run", "generate",
-                                     "chat", "doctor"])
+                                     "chat", "merge", "doctor"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])

@@ -169,6 +169,8 @@ Adder = Callable[[Tensor], None]
 @torch.no_grad()
 def _add(weight: Tensor, added: Tensor) -> None:
     """Add in the wider type and round once."""
+    if weight.shape != added.shape:
+        raise RuntimeError  # not what broadcasting makes of it
     weight.copy_(weight.to(added.dtype) + added.to(weight.device))
 
 

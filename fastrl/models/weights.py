@@ -161,6 +161,11 @@ def _load_adapted_scalar(
     return model
 
 
+def is_scalar_adapter(path: str | Path) -> bool:
+    """True for the adapters of a reward model or critic."""
+    return read_json(Path(path) / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS"
+
+
 def _base(path: str | Path) -> Path:
     """The base of an adapter folder, once it is known to lead to weights."""
     model_folder(path)
