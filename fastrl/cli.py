@@ -1,5 +1,5 @@
-"""The command line: `fastrl demo | sft | reward | ppo | dpo | run | generate | chat | merge |
-plan | doctor`.
+"""The command line: `fastrl demo | sft | reward | ppo | dpo | best_of_n | run | generate | chat |
+merge | plan | doctor`.
 
 Options come from the config dataclasses (`fastrl.options`). Nothing heavy is imported before the
 command line is known to be right, so that help and mistakes answer at once.
@@ -30,6 +30,7 @@ COMMANDS: dict[str, str] = {
     "reward": "Train a reward model on rankings",
     "ppo": "Optimise a model against a reward model, with PPO or PPO-ptx",
     "dpo": "Optimise a model on rankings directly, with DPO or IPO",
+    "best_of_n": "Sample n completions per prompt and keep the best, as demonstrations",
     "run": "Run the stages of a recipe, skipping those that are finished",
     "generate": "Sample completions, as rows ready to be ranked",
     "chat": "Talk to a model in the terminal",
@@ -136,7 +137,7 @@ def _usage() -> str:
 
 
 def _stage(kind: str, parser: Parser, argv: list[str]) -> int:
-    """`fastrl sft | reward | ppo | dpo`: one stage from its settings."""
+    """`fastrl sft | reward | ppo | dpo | best_of_n`: one stage from its settings."""
     config, quiet = read_options(parser, RUN_TYPES[kind], argv)
 
     from fastrl.console import Console
@@ -145,7 +146,9 @@ def _stage(kind: str, parser: Parser, argv: list[str]) -> int:
 
     console = Console(quiet=quiet)
     folder = run_stage(kind, config, console=console)
-    console.result(f"model   {folder / 'model'}\nreport  {write_report(folder)}")
+    made = f"data    {folder / 'demonstrations.jsonl'}" if kind == "best_of_n" \
+        else f"model   {folder / 'model'}"
+    console.result(f"{made}\nreport  {write_report(folder)}")
     return 0
 
 

@@ -282,18 +282,6 @@ def _mean_length(rollout: Rollout) -> float:
     return float(rollout.response_lens.to(torch.float64).mean())
 
 
-def best_of_n_kl(n: int) -> float:
-    """KL of best-of-n sampling from the policy sampled, in nats; exact for distinct scores.
-
-        KL = log n - (n - 1) / n
-
-    Source: Stiennon et al. 2020 (arXiv 2009.01325), appendix G.3.
-    """
-    if n < 1:
-        raise ConfigError(f"best_of_n_kl: expected n of at least 1, got {n}; change n")
-    return math.log(n) - (n - 1) / n
-
-
 def win_probability(score_difference: float) -> float:
     """Chance that a response wins whose preference-model score is higher by `score_difference`.
 

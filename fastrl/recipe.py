@@ -24,7 +24,7 @@ from typing import Any
 from fastrl.data.rows import DATASETS_PREFIX
 from fastrl.errors import ConfigError
 from fastrl.parsing import parse_config
-from fastrl.reward_settings import RewardPart, split_function
+from fastrl.reward_settings import BestOfNRun, RewardPart, split_function
 from fastrl.runs import (
     PATH_FIELDS,
     REWARD_FIELDS,
@@ -254,6 +254,8 @@ def _data_files(stage: Stage) -> tuple[str, ...] | None:
             return ("train.jsonl", "heldout.jsonl", "eval.jsonl")
         case RankRun(heldout_prompts=heldout):
             return ("rankings.jsonl",) if heldout is None else ("rankings.jsonl", "heldout.jsonl")
+        case BestOfNRun():
+            return ("demonstrations.jsonl", "best_of_n.json")
         case EvaluateRun():
             return ("evaluation.json", "samples.jsonl")
     return None

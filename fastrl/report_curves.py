@@ -7,6 +7,7 @@ from typing import Any
 
 from fastrl.errors import ConfigError
 from fastrl.glossary import explain
+from fastrl.report_best_of_n import best_of_n_line, best_of_n_table
 from fastrl.report_files import StageFiles
 from fastrl.report_html import details, figure, table, text
 from fastrl.report_svg import Series, format_number, legend, line_plot, sparkline
@@ -37,7 +38,9 @@ def curves(kind: str, stages: Sequence[StageFiles], max_points: int) -> list[str
              for index, metric in enumerate(HEADLINES)
              if any(len(line.xs) > 1 for line in lines.get(metric, ()))]
     if "kl/policy_ref" in lines and "reward/score_mean" in lines:
-        plots.append(_frontier(lines["reward/score_mean"], lines["kl/policy_ref"],
+        baselines = [best_of_n_line(stage, style=len(stages) + index)
+                     for index, stage in enumerate(stages) if stage.best_of_n]
+        plots.append(_frontier(lines["reward/score_mean"], lines["kl/policy_ref"], baselines,
                                f"{kind}-frontier"))
     rows = [(metric, sparkline(line.ys, max(4, max_points // 4)), line.name, line.ys[0],
              line.ys[-1], "" if index else _meaning(metric))
@@ -45,6 +48,7 @@ def curves(kind: str, stages: Sequence[StageFiles], max_points: int) -> list[str
     everything = table(("metric", "course", "stage", "first", "last", "meaning"), rows,
                        caption="Every metric, first and last value", raw_columns=(1,))
     return [f'<div class="plots">{"".join(plots)}</div>' if plots else "",
+            *(best_of_n_table(stage) for stage in stages),
             *(_reward_model(stage) for stage in stages),
             details(f"All {len(names)} metrics", everything)]
 
@@ -63,7 +67,8 @@ def _plot(metric: str, lines: Sequence[Series], label_id: str, max_points: int) 
     return figure(metric, f"last {last}", plot + legend(lines), _meaning(metric))
 
 
-def _frontier(rewards: Sequence[Series], distances: Sequence[Series], label_id: str) -> str:
+def _frontier(rewards: Sequence[Series], distances: Sequence[Series],
+              baselines: Sequence[Series], label_id: str) -> str:
     """Reward over the distance from the reference: the exchange rate of each run."""
     lines = []
     for reward in rewards:
@@ -76,6 +81,7 @@ def _frontier(rewards: Sequence[Series], distances: Sequence[Series], label_id: 
                                  ys=tuple(y for _, y in pairs)))
     if not lines:
         return ""
+    lines += baselines
     title = "reward against sqrt(KL)"
     plot = line_plot(title, lines, "sqrt(KL), KL in nats per response", label_id=label_id)
     return figure(title, "", plot + legend(lines),

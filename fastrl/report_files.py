@@ -23,6 +23,7 @@ class StageFiles:
     samples: tuple[Mapping[str, Any], ...]
     reward_report: Mapping[str, Any]
     evaluation: Mapping[str, Any]
+    best_of_n: Mapping[str, Any]
     finished: Mapping[str, Any]
 
 
@@ -52,6 +53,7 @@ def _read_stage(folder: Path) -> StageFiles:
         samples=tuple(_read_lines(folder / "samples.jsonl")),
         reward_report=read_json(folder / "reward_report.json"),
         evaluation=read_json(folder / "evaluation.json"),
+        best_of_n=read_json(folder / "best_of_n.json"),
         finished=read_json(folder / "finished.json"),
     )
 

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from fastrl.config import check
+from fastrl.config import EngineConfig, SamplingConfig, check
 from fastrl.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -41,6 +41,68 @@ class RewardPart:
               "seconds above 0, or null", self.timeout_s)
         factors = [self.weight, *(self.source_weights or {}).values()]
         check(any(factors), "weight", "a weight other than 0, here or in source_weights", factors)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BestOfNRun:
+    """Samples of a model, the best of them kept: best-of-n and rejection-sampling SFT.
+
+    Writes `demonstrations.jsonl` (for an SFT stage) and `best_of_n.json`: mean score and KL of
+    best-of-n at n = 1, 2, 4, ...
+    """
+
+    model_name_or_path: str
+    """Folder of the model that is sampled."""
+    prompts: tuple[str, ...]
+    """Prompts: rows with `prompt` or `messages`; other fields stay in the demonstrations."""
+    output_dir: str
+    """Folder of this run; it must not hold another run."""
+    reward_model: str | None = None
+    """Folder of the reward model that says which completion is best."""
+    reward_function: str | None = None
+    """A function that says so: gsm8k, ifeval, or `path/to/file.py:name`, which is executed."""
+    rewards: dict[str, RewardPart] | None = None
+    """More rewards by name, each with settings of its own (docs/rewards.md)."""
+    gold_rewards: dict[str, RewardPart] | None = None
+    """What is wanted in truth, by name as `rewards`; the table has its mean over the best."""
+    num_samples_per_prompt: int = 16
+    """n, completions drawn for each prompt."""
+    num_kept_per_prompt: int = 1
+    """Completions kept of a prompt, at most, the best first."""
+    threshold: float | None = None
+    """Lowest score that is kept; None: any."""
+    keep_unfinished: bool = False
+    """Keep completions that ran into `max_new_tokens` too: SFT will teach that they end there."""
+    num_prompts: int | None = None
+    """Prompts used, the first of the files; None: all."""
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped and counted."""
+    max_tokens_per_microbatch: int = 8192
+    """Token budget of one scoring pass."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How completions are drawn."""
+    engine: EngineConfig = EngineConfig()
+    """Sizes of the rollout engine."""
+    seed: int = 0
+    """Seeds the samples."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."""
+
+    def __post_init__(self) -> None:
+        check(len(self.prompts) > 0, "prompts", "at least one file", self.prompts)
+        for name in ("num_samples_per_prompt", "num_kept_per_prompt", "num_prompts",
+                     "max_prompt_tokens", "max_tokens_per_microbatch"):
+            value = getattr(self, name)
+            check(value is None or value > 0, name, "a number above 0", value)
+        check(self.num_kept_per_prompt <= self.num_samples_per_prompt, "num_kept_per_prompt",
+              f"at most num_samples_per_prompt ({self.num_samples_per_prompt})",
+              self.num_kept_per_prompt)
+        check(not self.sampling.greedy or self.num_samples_per_prompt == 1, "sampling.greedy",
+              "false, since greedy completions of a prompt are all the same", True)
+        join_parts(self.reward_model, self.reward_function, self.rewards)
+        join_parts(None, None, self.gold_rewards)
 
 
 def split_function(name: str) -> tuple[str | None, str]:

@@ -17,7 +17,7 @@ from fastrl.config import (
     SFTConfig,
     check,
 )
-from fastrl.reward_settings import RewardPart, join_parts
+from fastrl.reward_settings import BestOfNRun, RewardPart, join_parts
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 
@@ -328,6 +328,9 @@ class PPORun(PPOConfig):
     """Held-out text files; their loss is logged at every evaluation."""
     ptx_window_tokens: int = 256
     """Tokens of one pretraining window."""
+    best_of_n: int | None = 16
+    """Before training, draw so many answers to each held-out prompt: what best-of-n of the first
+    policy gains at which KL stands in the report beside the run; None: not measured."""
     sample_prompts: tuple[str, ...] = ()
     """Prompt files; the first prompts are answered on screen while the stage trains."""
     sample_steps: int | None = None
@@ -336,7 +339,7 @@ class PPORun(PPOConfig):
     def __post_init__(self) -> None:
         PPOConfig.__post_init__(self)
         _check_files(self, "prompts")
-        _check_positive(self, "sample_steps")
+        _check_positive(self, "sample_steps", "best_of_n")
         _check_fraction(self, "eval_fraction")
         check(self.ptx_window_tokens >= 2, "ptx_window_tokens", "at least 2",
               self.ptx_window_tokens)
@@ -396,6 +399,12 @@ class EvaluateRun:
     """Gold score that decides who wins, see `fastrl.labelers`."""
     reward_model: str | None = None
     """Reward model that is reported, and decides who wins where there is no labeler."""
+    reward_function: str | None = None
+    """A function in its place or added to it: gsm8k, ifeval, or `path/to/file.py:name`."""
+    rewards: dict[str, RewardPart] | None = None
+    """More rewards by name, each with settings of its own (docs/rewards.md)."""
+    best_of_n: int | None = None
+    """Compare the best of so many samples of `reference` too, chosen by the rewards; null: no."""
     text: tuple[str, ...] = ()
     """Held-out text files for the language-model loss."""
     window_tokens: int = 256
@@ -426,18 +435,25 @@ class EvaluateRun:
         _check_positive(self, "num_prompts", "num_table_rows", "max_windows",
                         "max_prompt_tokens", "max_tokens_per_microbatch")
         check(self.window_tokens >= 2, "window_tokens", "at least 2", self.window_tokens)
-        check(self.labeler is not None or self.reward_model is not None, "labeler",
+        parts = join_parts(self.reward_model, self.reward_function, self.rewards)
+        check(self.labeler is not None or bool(parts), "labeler",
               "a labeler or a reward_model to decide who wins", None)
+        _check_positive(self, "best_of_n")
+        check(self.best_of_n is None or bool(parts), "reward_model",
+              "a reward to choose the best of n with", None)
         check(not self.sampling.is_truncated or self.sampling.logprobs == "raw", "sampling",
               "plain sampling, or logprobs: raw, since KL needs log-probs of the whole "
               "distribution", self.sampling)
         names = ", ".join(self.models)
+        best = f"best-of-{self.best_of_n}"
+        check(best not in self.models, "models", f"no model called {best}", names)
+        known = {*self.models} | ({best} if self.best_of_n is not None else set())
         for name in (self.reference, *[name for pair in self.pairs for name in pair]):
-            check(name in self.models, "models", f"an entry for {name!r}", names)
+            check(name in known, "models", f"an entry for {name!r}", names)
 
 
 StageRun = (PretrainRun | SFTRun | PromptsRun | RankRun | RewardRun | SelectRun | PPORun
-            | DPORun | EvaluateRun)
+            | DPORun | BestOfNRun | EvaluateRun)
 
 RUN_TYPES: dict[str, type[StageRun]] = {
     "pretrain": PretrainRun,
@@ -448,6 +464,7 @@ RUN_TYPES: dict[str, type[StageRun]] = {
     "select": SelectRun,
     "ppo": PPORun,
     "dpo": DPORun,
+    "best_of_n": BestOfNRun,
     "evaluate": EvaluateRun,
 }
 """Stage kinds of a recipe, and the settings of each."""
@@ -458,5 +475,5 @@ PATH_FIELDS = ("model_name_or_path", "tokenizer_name_or_path", "reference_model"
                "sample_prompts", "text")
 """Settings that name files or folders, in every kind of stage that has them."""
 
-REWARD_FIELDS = ("rewards",)
+REWARD_FIELDS = ("rewards", "gold_rewards")
 """Settings that hold rewards by name, each with a folder or a file."""

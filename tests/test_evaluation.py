@@ -10,7 +10,6 @@ import torch
 from fastrl.config import SamplingConfig
 from fastrl.errors import ConfigError, DataError, ShapeError
 from fastrl.evaluation import (
-    best_of_n_kl,
     compare_models,
     distinct_word_ratio,
     entropy_bits,
@@ -161,14 +160,6 @@ def test_comparison_takes_kl_and_likelihood_under_the_baseline() -> None:
     assert result.response_length == pytest.approx(float(rollout.response_lens.float().mean()))
     stopped = [r == "stop" for r in rollout.finish_reasons]
     assert result.eos_rate == sum(stopped) / len(stopped)
-
-
-def test_best_of_n_kl_golden_values(golden):
-    assert {n: best_of_n_kl(n) for n in golden.BEST_OF_N_KL} == pytest.approx(
-        golden.BEST_OF_N_KL, abs=1e-5)
-    assert best_of_n_kl(1) == 0
-    with pytest.raises(ConfigError, match="n of at least 1"):
-        best_of_n_kl(0)
 
 
 def test_win_probability_and_entropy_golden_values(golden):

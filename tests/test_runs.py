@@ -7,6 +7,7 @@ import pytest
 from fastrl.config import SamplingConfig
 from fastrl.errors import ConfigError
 from fastrl.options import field_sentences
+from fastrl.reward_settings import BestOfNRun, RewardPart
 from fastrl.runs import (
     RUN_TYPES,
     DPORun,
@@ -29,6 +30,7 @@ REQUIRED = {
     SelectRun: {"model_name_or_path": "m", "reward_model": "r", "prompts": ("p.jsonl",)},
     PPORun: {"model_name_or_path": "m", "reward_model": "r", "prompts": ("p.jsonl",)},
     DPORun: {"model_name_or_path": "m", "data": ("c.jsonl",)},
+    BestOfNRun: {"model_name_or_path": "m", "reward_model": "r", "prompts": ("p.jsonl",)},
     EvaluateRun: {"models": {"a": "m", "b": "n"}, "reference": "a", "prompts": ("p.jsonl",),
                   "labeler": "lexicon"},
 }
@@ -77,6 +79,12 @@ def test_defaults_are_accepted_and_every_setting_is_explained(cls):
     (SelectRun, {"prompts": ()}, "prompts: expected at least one file"),
     (SelectRun, {"num_prompts": 0}, "num_prompts: expected a number above 0"),
     (PPORun, {"prompts": ()}, "prompts: expected at least one file"),
+    (PPORun, {"best_of_n": 0}, "best_of_n: expected a number above 0"),
+    (PPORun, {"rewards": {"reward_model": RewardPart(model="r")}}, "'reward_model' twice"),
+    (PPORun, {"rewards": {"a/b": RewardPart(model="r")}}, "names of letters, digits, _ and -"),
+    (EvaluateRun, {"best_of_n": 0, "reward_model": "r"}, "best_of_n: expected a number above 0"),
+    (EvaluateRun, {"models": {"a": "m", "best-of-4": "n"}, "reward_model": "r", "best_of_n": 4},
+     "models: expected no model called best-of-4"),
     (PPORun, {"ptx_coef": 1.0}, "ptx_data: expected text files, because ptx_coef is above 0"),
     (PPORun, {"source_weights": {"a": -1.0}}, "source_weights.a: expected a number of at least 0"),
     (PPORun, {"source_weights": {"a": 0.0}}, "source_weights: expected at least one weight"),

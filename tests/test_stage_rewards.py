@@ -104,7 +104,7 @@ def test_models_and_functions_with_weights_by_source(place):
 
 def test_a_function_that_ends_a_run_leaves_the_policy_so_far(place):
     config = settings(place, reward_function=f"{place}/mine.py:breaks_later", eval_steps=None,
-                      num_iterations=5)
+                      num_iterations=5, best_of_n=None)
     with pytest.raises(RewardError, match="function breaks_later: .*SystemExit: out of answers, "
                                           "from .*prompt .*The policy after 2 iterations is in "
                                           ".*last_model"):

@@ -12,6 +12,7 @@ from fastrl.lineage import make_lineage
 from fastrl.metrics import RunFolder
 from fastrl.recipe import local_paths
 from fastrl.runs import StageRun
+from fastrl.stages.best_of_n import best_of_n
 from fastrl.stages.evaluate import evaluate
 from fastrl.stages.sampling import prompts, rank
 from fastrl.stages.training import dpo, ppo, pretrain, reward, select, sft
@@ -29,6 +30,7 @@ _STAGES: dict[str, Callable[..., None]] = {
     "select": select,
     "ppo": ppo,
     "dpo": dpo,
+    "best_of_n": best_of_n,
     "evaluate": evaluate,
 }
 

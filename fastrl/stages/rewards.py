@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from fastrl.data import TextEncoder
 from fastrl.errors import ConfigError
 from fastrl.labelers import LabelerScorer, find_labeler
-from fastrl.reward_settings import RewardPart, join_parts
+from fastrl.reward_settings import BestOfNRun, RewardPart, join_parts
 from fastrl.rewards import (
     FunctionScorer,
     RewardModelScorer,
@@ -31,17 +31,18 @@ def check_rewards(config: object) -> None:
             check_function(part.function, part.arguments or {})
         if part.labeler is not None:
             find_labeler(part.labeler)
-    if isinstance(config, PPORun):
-        _check_ppo(config)
+    if isinstance(config, PPORun | BestOfNRun):
+        _check_scored(config)
 
 
-def _check_ppo(run: PPORun) -> None:
-    """Refuse a run without a reward, or whose critic cannot start where it should."""
+def _check_scored(run: PPORun | BestOfNRun) -> None:
+    """Refuse a run without a reward, or one whose critic cannot start where it should."""
     parts = join_parts(run.reward_model, run.reward_function, run.rewards)
     if not parts:
         raise ConfigError("reward_model: expected reward_model, reward_function or rewards, got "
                           "none of them; name what scores the responses")
-    if run.critic_init == "reward" and not any(part.model for part in parts.values()):
+    has_model = any(part.model for part in parts.values())
+    if isinstance(run, PPORun) and run.critic_init == "reward" and not has_model:
         raise ConfigError("critic_init: expected 'policy', because no reward is a reward model "
                           "that the critic could start from, got 'reward'; set critic_init")
 

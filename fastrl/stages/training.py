@@ -26,6 +26,7 @@ from fastrl.models.weights import save_causal_lm, save_scalar_model
 from fastrl.reward_settings import join_parts
 from fastrl.rewards import RewardModelScorer, reward_models
 from fastrl.runs import DPORun, PPORun, PretrainRun, RewardRun, SelectRun, SFTRun
+from fastrl.stages.best_of_n import write_baseline
 from fastrl.stages.inputs import (
     OpenFolder,
     load_policy,
@@ -220,6 +221,7 @@ def ppo(run: PPORun, open_folder: OpenFolder, console: Console) -> None:
             run, policy, reference, critic, scorer, train,
             eval_prompts=held_out, ptx=windows, eval_ptx=held_out_windows, run=folder,
             encoder=encoder)
+        write_baseline(run, trainer, folder)
         with _progress(run, console, policy, encoder, trainer.num_steps, run.sampling) as progress:
             reason = _train_or_save(trainer, progress, folder, encoder)
         save_causal_lm(policy, folder.model_path, tokenizer_from=encoder.path)
