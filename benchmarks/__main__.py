@@ -38,6 +38,19 @@ def parser() -> argparse.ArgumentParser:
                         help="all")
     exact = parts.add_parser("exact", help="log-probs of rollout and update, and the cost")
     big = parts.add_parser("big", help="one PPO iteration of four models of 8B")
+    scaling = parts.add_parser("scaling", help="time and memory when one size doubles, on a CPU")
+    scaling.add_argument("--rounds", type=int, default=5, help="samples of each size")
+    scaling.add_argument("--small", action="store_true", help="sizes for trying the flow")
+    scaling.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    model = parts.add_parser("model", help="seconds of a step from operations and bytes")
+    model.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    model.add_argument("--model", help="shape of the iteration on several GPUs: llama-3.1-8b")
+    for name in ("num_gpus", "num_prompts", "prompt_tokens", "response_tokens", "num_minibatches"):
+        model.add_argument(f"--{name}", type=int)
+    written = parts.add_parser("report", help="tables and plots of the documentation")
+    written.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    written.add_argument("--root", type=Path, default=Path("."),
+                         help="where README.md and docs are")
     compared = parts.add_parser("compare", help="what became slower between two result files")
     compared.add_argument("before", type=Path)
     compared.add_argument("after", type=Path)
@@ -112,6 +125,37 @@ def report(rows: Sequence[Row], path: Path) -> int:
     return 1 if failures else 0
 
 
+def scaling(options: argparse.Namespace) -> int:
+    """Double every size; 1 when a doubling costs more than it may."""
+    from benchmarks.scaling import beyond_limit, run_scaling  # needs what trainers need
+
+    path = options.out / file_name("scaling", "cpu")
+    rows = run_scaling(options.small, options.rounds, path)
+    beyond = beyond_limit(rows)
+    print(*beyond, sep="\n", end="\n" if beyond else "")
+    return max(report(rows, path), int(bool(beyond)))
+
+
+def predicted(options: argparse.Namespace) -> int:
+    """Print the model's errors, and its answer for an iteration on several GPUs."""
+    from benchmarks.model import markdown, read_cluster  # needs what trainers need
+
+    names = ("model", "num_gpus", "num_prompts", "prompt_tokens", "response_tokens",
+             "num_minibatches")
+    cluster = read_cluster({name: getattr(options, name) for name in names})
+    print(markdown(options.results, cluster))
+    return 0
+
+
+def written(options: argparse.Namespace) -> int:
+    """Write what the documentation shows of the results."""
+    from benchmarks.report import run_report  # needs what trainers need
+
+    for path in run_report(options.results, options.root):
+        print(path)
+    return 0
+
+
 def compare(options: argparse.Namespace) -> int:
     """Compare two result files; 1 when something became slower or broke."""
     changes = compare_files(options.before, options.after)
@@ -130,8 +174,8 @@ def pairs(options: argparse.Namespace) -> int:
     return compare(options)
 
 
-PARTS = {"kernels": kernels, "engine": engine, "exact": exact, "big": big, "compare": compare,
-         "pairs": pairs}
+PARTS = {"kernels": kernels, "engine": engine, "exact": exact, "big": big, "scaling": scaling,
+         "model": predicted, "report": written, "compare": compare, "pairs": pairs}
 
 
 def main() -> int:
