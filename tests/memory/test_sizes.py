@@ -1,15 +1,13 @@
 """The formulas of fastrl.memory.sizes beside what torch really keeps."""
 
-import weakref
+import runpy
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from fastrl.engine.cache import KVCache
 from fastrl.memory import sizes
@@ -22,6 +20,7 @@ from fastrl.models.families import decoder_config
 from fastrl.ops import adamw
 from fastrl.optim import EMA, AdamW
 
+MostBytes = runpy.run_path(str(Path(__file__).with_name("most_bytes.py")))["MostBytes"]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox")
 N = 32  # a CPU pads lengths to whole sixteens
 
@@ -129,38 +128,6 @@ def test_parameters_of_the_published_models() -> None:
     assert totals.keys() == NAMED.keys()
     for name, total in totals.items():
         assert sum(shape_named(name).language_model) == total
-
-
-class MostBytes(TorchDispatchMode):
-    """Bytes of all tensors that operations have made and that still live, at their most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {t.untyped_storage()._cdata for t in tree_iter((args, kwargs))
-                 if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in known:
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self.now += size
-        self.most = max(self.most, self.now)
-
-        def gone() -> None:
-            self._seen.discard(key)
-            self.now -= size
-
-        weakref.finalize(storage, gone)
 
 
 @pytest.mark.parametrize("moments", ["float32", "8bit"])
