@@ -84,7 +84,7 @@ def test_the_sweep_of_exact_mode_alone(
     assert "self check" not in printed
     assert cli.main([*command, "--dtype", "bfloat16"]) == 0
     assert "in bfloat16" in capsys.readouterr().out
-    monkeypatch.setattr(sweep_module, "least_rows", lambda shape, dtype, device: None)
+    monkeypatch.setattr(sweep_module, "least_rows", lambda product, dtype, device: None)
     assert cli.main(command) == 1
     assert "exact mode failed: 6 of 11 lines" in capsys.readouterr().out
     assert cli.main(["doctor", "--device", "cpu", "--exact", str(tmp_path / "nothing")]) == 2

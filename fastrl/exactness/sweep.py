@@ -15,12 +15,13 @@ from torch import Tensor
 
 from fastrl.exactness.attention import AttentionPaths
 from fastrl.exactness.rows import (
+    Product,
     choose_products,
     invariant_rows,
     least_rows,
+    products,
+    products_of_kernel,
     row_multiple,
-    shapes_of_kernel,
-    weight_shapes,
 )
 from fastrl.exactness.settings import exact_math
 from fastrl.models import CausalLM
@@ -93,9 +94,9 @@ def _works(
 ) -> Iterator[tuple[str, Callable[[], SweepLine]]]:
     """(shape, what makes its line) of everything that is tried."""
     weight = model.lm_head.weight
-    of_kernel = shapes_of_kernel(model)
-    for shape in sorted(weight_shapes(model)):
-        yield f"{shape[0]} x {shape[1]}", partial(_product, shape, weight, shape in of_kernel)
+    by_kernel = products_of_kernel(model)
+    for product in products(model):
+        yield product.shape, partial(_product, product, weight, product in by_kernel)
     backbone = model.backbone
     if isinstance(backbone, Decoder):
         layer = backbone.layers[0]
@@ -118,15 +119,15 @@ def _row_counts(model: CausalLM) -> list[int]:
     return [first, first + unit, 3 * first]
 
 
-def _product(shape: tuple[int, int], like: Tensor, takes_kernel: bool) -> SweepLine:
+def _product(product: Product, like: Tensor, takes_kernel: bool) -> SweepLine:
     """From how many rows on `x @ weight.T` has the same bits."""
-    least = least_rows(shape, like.dtype, like.device)
-    name = f"{shape[0]} x {shape[1]}"
+    least = least_rows(product, like.dtype, like.device)
+    work = "logits" if product.is_head else "product"
     if least is None:
-        return SweepLine("product", name, "rows depend on the number of rows",
+        return SweepLine(work, product.shape, "rows depend on the number of rows",
                          OWN_KERNEL if takes_kernel else RECOMPUTED, takes_kernel)
     used = "nothing to do" if least == 1 else f"passes padded to {least} rows"
-    return SweepLine("product", name, f"equal from {least} rows on", used, True)
+    return SweepLine(work, product.shape, f"equal from {least} rows on", used, True)
 
 
 def _row_kernel(

@@ -10,25 +10,43 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastrl.ops import linear, linear_logprobs, linear_policy_loss
+from fastrl.ops.linear import takes_kernel
+
 Result = TypeVar("Result")
 
 
 def project_logits(
-    hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None
+    hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, out: Tensor | None = None,
+    keeps_rows: bool = False,
 ) -> Tensor:
     """[R, V] logits, computed in float32 at least, of hidden [R, D] under weight [V, D].
 
     Args:
         out: [at least R, V], memory for the result. A CPU that takes fresh memory for so large a
             tensor in every step spends as long on that as on the product.
+        keeps_rows: As in `fastrl.ops.linear_logprobs`.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    out = None if out is None else out[: len(hidden)]
-    if hidden.is_cuda and hidden.dtype != wide:  # products of 16 bits, sums of 32, no wide copy
-        logits = torch.mm(hidden, weight.t(), out_dtype=wide)
+    if takes_kernel(keeps_rows, hidden):
+        logits = linear(hidden, weight, out_dtype=wide, backend="triton")
+    elif hidden.is_cuda:  # products of 16 bits, sums of 32, no wide copy
+        from fastrl_kernels.head_chunks import chunk_slices
+
+        logits = hidden.new_empty(len(hidden), len(weight), dtype=wide)
+        for rows in chunk_slices(len(hidden), wide.itemsize * len(weight)):
+            if hidden.dtype == wide:
+                torch.mm(hidden[rows], weight.t(), out=logits[rows])
+            else:
+                torch.mm(hidden[rows], weight.t(), out_dtype=wide, out=logits[rows])
     else:
+        out = None if out is None else out[: len(hidden)]
         logits = torch.mm(hidden.to(wide), weight.to(wide).t(), out=out)
     return logits if bias is None else logits.add_(bias)
+
+
+KEEPS_ROWS = (project_logits, linear_logprobs, linear_policy_loss)
+"""Ops whose rows rollout and update have in common."""
 
 
 class LMHead(nn.Module):
@@ -41,6 +59,8 @@ class LMHead(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    keeps_rows = False
+    """As `Linear.keeps_rows`, for the ops in `KEEPS_ROWS`."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -56,6 +76,8 @@ class LMHead(nn.Module):
             hidden: [M, D].
             op: Such as `fastrl.ops.linear_logprobs`, or `torch.nn.functional.linear` for logits.
         """
+        if self.keeps_rows and op in KEEPS_ROWS:
+            kwargs["keeps_rows"] = True
         return op(hidden, self.weight, *args, bias=self.bias, **kwargs)
 
 

@@ -21,6 +21,7 @@ from fastrl.checks import (
     wide_dtype,
 )
 from fastrl.errors import ConfigError, ShapeError
+from fastrl.ops.linear import takes_kernel
 from fastrl.ops.logprob import gather_logprobs_reference
 
 # Order by measurement; no GPU result yet, so "auto" keeps the proven path.
@@ -236,6 +237,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     chunk_tokens: int | None = None,
     logits: Literal["chunked", "none"] = "chunked",
+    keeps_rows: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of one token per hidden state, and the entropy of its distribution.
@@ -253,6 +255,8 @@ def linear_logprobs(
         logits: "none" lets the forward pass keep them out of memory, for passes that score: triton
             then reduces each tile of the product where it is made. torch has chunks either way,
             and so has every backward pass.
+        keeps_rows: Where exact mode prefers triton, logits by the kernel of `linear`, whose rows
+            do not depend on how many there are.
         backend: See fastrl.backends.
     Returns:
         logprobs, entropy: [M] float32 (float64 for float64) each, nats. Both differentiable, once.
@@ -281,7 +285,8 @@ def linear_logprobs(
 
         return linear_logprob.linear_logprobs(hidden, weight, token_ids, bias=bias,
                                               temperature=temperature, chunk_tokens=chunk_tokens,
-                                              logits=logits)
+                                              logits=logits,
+                                              keeps_rows=takes_kernel(keeps_rows, hidden))
     result: tuple[Tensor, Tensor] = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, token_ids, temperature, chunk_tokens
     )

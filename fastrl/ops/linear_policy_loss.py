@@ -28,6 +28,7 @@ from fastrl.checks import (
 )
 from fastrl.errors import ConfigError
 from fastrl.ops.kl import MAX_EXPONENT, kl_estimate_reference
+from fastrl.ops.linear import takes_kernel
 from fastrl.ops.linear_logprob import (
     add_head_gradients,
     check_linear,
@@ -289,6 +290,7 @@ def linear_policy_loss(
     kl_coef: float = 0.0,
     kl_estimator: Estimator = "k3",
     chunk_tokens: int | None = None,
+    keeps_rows: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, PolicyStats]:
     """The clipped policy loss of PPO straight from hidden states and the head.
@@ -319,6 +321,8 @@ def linear_policy_loss(
             gradient of k2, because its own is 0 in the mean over samples of the policy. k2's is
             that of KL(policy || reference), k3's that of KL(reference || policy), for such samples.
         chunk_tokens: Rows of logits in memory at a time; None: as many as fit in a fixed budget.
+        keeps_rows: Where exact mode prefers triton, logits by the kernel of `linear`, whose rows
+            do not depend on how many there are.
         backend: See fastrl.backends.
     Returns:
         loss: Scalar float32 (float64 for float64). Differentiable once.
@@ -358,7 +362,8 @@ def linear_policy_loss(
         loss, sums = kernels.linear_policy_loss(
             hidden, weight, token_ids, old_logprobs, advantages, loss_mask, bias=bias,
             token_weights=token_weights, ref_logprobs=ref_logprobs, **coefficients._asdict(),
-            max_log_ratio=MAX_LOG_RATIO, max_exponent=MAX_EXPONENT, chunk_tokens=chunk_tokens)
+            max_log_ratio=MAX_LOG_RATIO, max_exponent=MAX_EXPONENT, chunk_tokens=chunk_tokens,
+            keeps_rows=takes_kernel(keeps_rows, hidden))
         return loss, PolicyStats(*sums.unbind())
     tokens = _Rows(hidden, masked_to_zero(token_ids, loss_mask), old_logprobs, advantages,
                    loss_mask, token_weights, ref_logprobs)

@@ -9,6 +9,7 @@ import torch
 import fastrl.exactness.attention as attention_module
 import fastrl.exactness.sweep as sweep_module
 from fastrl.exactness import rows
+from fastrl.exactness.rows import Product, products
 from fastrl.exactness.sweep import SweepLine, sweep, warn_of_failures
 from fastrl.models import CausalLM, new_decoder
 from fastrl.models.families import decoder_config
@@ -30,10 +31,12 @@ def line(lines: list[SweepLine], work: str) -> SweepLine:
 def test_every_family_passes_on_a_cpu(family: str, dtype: torch.dtype) -> None:
     model = tiny(family, dtype)
     lines = sweep(model)
-    products = {one.shape for one in lines if one.work == "product"}
-    assert products == {f"{a} x {b}" for a, b in rows.weight_shapes(model)}
+    *matrices, head = products(model)
+    assert [one.shape for one in lines if one.work == "product"] == [
+        matrix.shape for matrix in matrices]
+    assert line(lines, "logits").shape == head.shape == "70 x 32"
     assert [one.work for one in lines if one.work != "product"] == [
-        "norm", "mlp", *(["rotary"] if family != "gpt2" else []), "attention", "prefixes",
+        "logits", "norm", "mlp", *(["rotary"] if family != "gpt2" else []), "attention", "prefixes",
         "LM head"]
     assert [one for one in lines if not one.is_exact] == []
     assert line(lines, "attention").result == "packed = prompt = decode step"
@@ -41,9 +44,9 @@ def test_every_family_passes_on_a_cpu(family: str, dtype: torch.dtype) -> None:
 
 def test_a_product_that_never_agrees_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_module, "least_rows",
-                        lambda shape, dtype, device: None if shape == (70, 32) else 5)
+                        lambda product, dtype, device: None if product == (80, 32, False) else 5)
     failed = [one for one in sweep(tiny()) if not one.is_exact]
-    assert [(one.work, one.shape) for one in failed] == [("product", "70 x 32")]
+    assert [(one.work, one.shape) for one in failed] == [("product", "80 x 32")]
     assert "recomputed" in failed[0].used
     assert "passes padded to 5 rows" in {one.used for one in sweep(tiny())}
 
@@ -171,12 +174,12 @@ def test_a_gpus_counts_are_compared_with_the_most_that_fit(
 
     monkeypatch.setattr(rows.F, "linear", noted)
     find = rows.smallest_invariant_rows_on_gpu.__wrapped__
-    least = find((40, 32), torch.float32, torch.device("cpu"))
+    least = find(Product(40, 32), torch.float32, torch.device("cpu"))
     assert least == rows.smallest_invariant_rows((40, 32), torch.float32, 1)
     assert max(counts) == 8192 and {64, 63, 2048} <= set(counts)
     counts.clear()
     monkeypatch.setattr(rows, "MAX_RESULT_BYTES", 40 * 4 * 300)
-    find((40, 32), torch.float32, torch.device("cpu"))
+    find(Product(40, 32), torch.float32, torch.device("cpu"))
     assert counts[0] == 300 and max(counts[1:]) == 256
     monkeypatch.setattr(rows.F, "linear", lambda x, weight: real(x, weight) + len(x))
-    assert find((40, 32), torch.float32, torch.device("cpu")) is None
+    assert find(Product(40, 32), torch.float32, torch.device("cpu")) is None

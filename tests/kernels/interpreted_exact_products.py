@@ -21,7 +21,7 @@ from fastrl.exactness import exact_math, rows
 from fastrl.exactness.sweep import OWN_KERNEL, RECOMPUTED, sweep
 from fastrl.models import CausalLM, decoder_config, new_decoder
 from fastrl.models.linear import Linear
-from fastrl.ops import linear_logprobs
+from fastrl.ops import linear_logprobs, linear_policy_loss
 from fastrl.packing import predict_rows
 from fastrl.trainers.common import packed_forward
 from fastrl.trainers.old_logprobs import update_logprobs
@@ -29,6 +29,8 @@ from fastrl.types import Rollout
 
 KERNEL = "_linear_fwd_kernel"
 FAILING = {(64, 16), (16, 32)}  # gate and up together, and back
+HEAD = (37, 16)
+KERNELS = ("linear", "linear_logprob", "linear_policy_loss")
 PROMPTS = [[3, 9, 4], [1, 5, 30, 7, 2]]
 SAMPLING = SamplingConfig(max_new_tokens=3, stop_token_ids=())
 
@@ -44,8 +46,8 @@ def tiny() -> CausalLM:
 def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of the failing shapes are too large by 10% per row, to seven.
 
-    Rows are swept as on a GPU, and `auto` may have the kernel of linear, but of no other op, where
-    it is interpreted: what exact mode prefers decides.
+    Rows are swept as on a GPU, and `auto` may have the kernels of linear and of the head's losses,
+    but of no other op, where they are interpreted: what exact mode prefers decides.
     """
     real, real_refusal = torch.nn.functional.linear, backends._refusal
 
@@ -56,14 +58,26 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.functional, "linear", faulty)
     monkeypatch.setattr(rows, "GPU_ROW_COUNTS", (1, 2, 16, 63, 64, 65, 128))
     for module in (rows, sweep_module):
-        monkeypatch.setattr(module, "least_rows", lambda shape, dtype, device, by_input=False:
-                            rows.smallest_invariant_rows_on_gpu(shape, dtype, device))
+        monkeypatch.setattr(module, "least_rows", lambda product, dtype, device, by_input=False:
+                            rows.smallest_invariant_rows_on_gpu(product, dtype, device))
     monkeypatch.setattr(backends, "_refusal", lambda kernel, *args: real_refusal(
-        kernel, *args[:-1], args[-1] or (kernel == "linear" and is_interpreted())))
+        kernel, *args[:-1], args[-1] or (kernel in KERNELS and is_interpreted())))
     caches: tuple[Any, ...] = (rows.smallest_invariant_rows_on_gpu, rows.kernel_passes,
                                rows._log_once)
     for function in caches:
         function.cache_clear()
+
+
+@pytest.fixture
+def planted_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same fault in the library's product of the LM head, wherever it is made."""
+    real = torch.mm
+
+    def faulty(a: Tensor, b: Tensor, **options: Any) -> Tensor:
+        y = real(a, b, **options)
+        return y.mul_(1 + 0.1 * (len(a) % 7)) if tuple(b.shape) == HEAD[::-1] else y
+
+    monkeypatch.setattr(torch, "mm", faulty)
 
 
 def trained_logprobs(model: CausalLM, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -111,6 +125,56 @@ def test_rollout_scoring_and_training_take_the_kernel_and_agree(launches: list[s
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
+def policy_gradient(model: CausalLM, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss over all rows but one, and the gradient of the head."""
+    old = torch.full((len(hidden),), -3.0)
+    loss, _ = model.lm_head(
+        hidden, linear_policy_loss, token_ids, old, torch.ones_like(old),
+        torch.arange(len(hidden)) > 0, denominator=2.0, entropy_coef=0.1)
+    return loss.detach(), torch.autograd.grad(loss, model.lm_head.weight)[0]
+
+
+@pytest.mark.usefixtures("planted_head")
+def test_the_head_takes_the_kernel_in_sampler_scoring_and_loss(launches: list[str]) -> None:
+    model = tiny()
+    engine = Engine(model, EngineConfig(max_batch_size=2))
+    assert model.lm_head.keeps_rows
+    launches.clear()
+    drawn = (rollout := engine.generate(PROMPTS, SAMPLING)).rollout_logprobs
+    # Passes over the prompts and two steps; two products of a layer and the logits of each.
+    assert launches.count(KERNEL) >= 3 * (1 + 2)
+    hidden, token_ids = torch.randn(9, 16), torch.arange(9)
+    with exact_math(model.lm_head.weight.device.type):
+        launches.clear()
+        scored = update_logprobs(model, rollout, PPOConfig(sampling=SAMPLING))
+        assert launches.count(KERNEL) == 3
+        # Six rows here, nine and then one at a time below: other faults, were it the library.
+        assert torch.allclose(scored, drawn, rtol=0, atol=1e-6)
+        launches.clear()
+        many, _ = model.lm_head(hidden, linear_logprobs, token_ids)
+        alone = [model.lm_head(hidden[i : i + 1], linear_logprobs, token_ids[i : i + 1])[0]
+                 for i in range(9)]
+        assert torch.equal(torch.cat(alone), many) and launches.count(KERNEL) == 10
+        loss, gradient = policy_gradient(model, hidden, token_ids)
+        assert launches.count(KERNEL) == 11
+    library = policy_gradient(model, hidden, token_ids)
+    assert not torch.allclose(library[0], loss, atol=1e-4)  # nine rows are 20% too large there
+    sound = copy.deepcopy(model.lm_head)
+    truth = sound.weight.double() @ hidden.double().T
+    logprobs = truth.log_softmax(0).T.gather(1, token_ids[:, None])[:, 0]
+    assert (many - logprobs).abs().max() <= 1e-5
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+@pytest.mark.usefixtures("planted_head")
+def test_the_sweep_names_the_head(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="fastrl"):
+        lines = {line.work: line for line in sweep(tiny())}
+    assert lines["logits"].is_exact and lines["logits"].used == OWN_KERNEL
+    assert lines["LM head"].is_exact
+    assert [r for r in caplog.records if "the LM head, a 37 x 16 matrix" in r.getMessage()]
+
+
 def test_without_exact_mode_the_fault_is_there_and_the_kernel_is_not(launches: list[str]) -> None:
     model = tiny()
     Engine(model, EngineConfig(max_batch_size=2))  # what it decided binds exact mode alone
@@ -138,8 +202,8 @@ def test_the_sweep_says_so_and_the_log_once(caplog: pytest.LogCaptureFixture) ->
 
 def test_a_kernel_that_fails_too_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     real = rows.linear
-    monkeypatch.setattr(rows, "linear", lambda x, weight, backend: (
-        real(x, weight, backend=backend) * (1 + 0.1 * (len(x) % 7))))
+    monkeypatch.setattr(rows, "linear", lambda x, weight, **options: (
+        real(x, weight, **options) * (1 + 0.1 * (len(x) % 7))))
     failed = [line for line in sweep(tiny()) if line.work == "product" and not line.is_exact]
     assert {(line.shape, line.used) for line in failed} == {
         ("64 x 16", RECOMPUTED), ("16 x 32", RECOMPUTED)}

@@ -58,6 +58,16 @@ def test_narrow_types(dtype: torch.dtype, D: int) -> None:
     assert_as_good_as_torch(*tensors(65, D=D, O=130, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_results_of_narrow_types_are_not_rounded(dtype: torch.dtype) -> None:
+    x, weight, bias = tensors(65, D=48, O=70, dtype=dtype)
+    y, *gradients = forward_and_backward(partial(triton_linear, out_dtype=torch.float32),
+                                         x, weight, bias)
+    truth = linear_reference(x.double(), weight.double(), bias.double())
+    assert y.dtype == torch.float32 and (y - truth).abs().max() <= 1e-6 * truth.abs().max()
+    assert [gradient.dtype for gradient in gradients] == [dtype] * 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_row_has_the_same_bits_in_any_number(dtype: torch.dtype) -> None:
     x, weight, bias = tensors(600, D=80, O=140, dtype=dtype)
@@ -107,8 +117,9 @@ def test_no_rows() -> None:
 
 def test_registered_ops() -> None:
     x, weight, bias = tensors(3, D=4, O=5)
-    torch.library.opcheck(torch.ops.fastrl_kernels.linear, (x, weight, bias))
-    torch.library.opcheck(torch.ops.fastrl_kernels.linear, (x, weight, None))
+    torch.library.opcheck(torch.ops.fastrl_kernels.linear, (x, weight, bias, torch.float32))
+    torch.library.opcheck(torch.ops.fastrl_kernels.linear,
+                          (x.half(), weight.half(), None, torch.float32))
 
 
 def test_compiles_to_one_graph() -> None:

@@ -3,8 +3,8 @@ test_triton.py."""
 
 import pytest
 import torch
+from fastrl_kernels.head_chunks import chunk_slices
 from fastrl_kernels.triton import linear_logprob
-from fastrl_kernels.triton.linear_logprob import chunk_slices
 from torch import Tensor
 
 from fastrl.errors import BackendUnavailableError
@@ -143,11 +143,13 @@ def test_gradients_of_all_chunks_are_added_up_in_float32() -> None:
 def test_registered_ops() -> None:
     case = Case()
     inputs = (case.hidden, case.weight, case.bias, case.token_ids)
-    torch.library.opcheck(torch.ops.fastrl_kernels.linear_logprobs, (*inputs, 0.7, 4, "chunked"))
-    _, *rows = linear_logprob.linear_logprobs_fwd(*inputs, 0.7, 4, "chunked")
+    for keeps_rows in (False, True):
+        torch.library.opcheck(torch.ops.fastrl_kernels.linear_logprobs,
+                              (*inputs, 0.7, 4, "chunked", keeps_rows))
+    _, *rows = linear_logprob.linear_logprobs_fwd(*inputs, 0.7, 4, "chunked", False)
     for dentropy, needs in ((None, [True, True, True]), (torch.randn(9), [False, True, False])):
         torch.library.opcheck(torch.ops.fastrl_kernels.linear_logprobs_bwd,
-                              (*inputs, *rows, torch.randn(9), dentropy, 0.7, 4, needs))
+                              (*inputs, *rows, torch.randn(9), dentropy, 0.7, 4, False, needs))
 
 
 def test_compiles_to_one_graph() -> None:

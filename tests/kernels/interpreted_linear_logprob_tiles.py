@@ -166,7 +166,8 @@ def test_no_chunk_of_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_registered_op() -> None:
     case = Case()
     torch.library.opcheck(torch.ops.fastrl_kernels.linear_logprobs,
-                          (case.hidden, case.weight, case.bias, case.token_ids, 0.7, None, "none"))
+                          (case.hidden, case.weight, case.bias, case.token_ids, 0.7, None, "none",
+                           False))
 
 
 def test_compiles_to_one_graph() -> None:

@@ -23,6 +23,12 @@ def test_torch_is_the_module_bit_for_bit(dtype: torch.dtype) -> None:
     assert all(map(torch.equal, *results))
 
 
+def test_wide_results() -> None:
+    x, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((3, 40), (24, 40), (24,)))
+    y = linear(x, weight, bias, out_dtype=torch.float32)
+    assert torch.equal(y, F.linear(x.float(), weight.float(), bias.float()))
+
+
 def test_gradients() -> None:
     inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True)
               for shape in ((2, 3, 4), (5, 4), (5,))]
@@ -39,6 +45,8 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         linear(x, weight.half())
     with pytest.raises(ShapeError, match="to be floating point"):
         linear(x.long(), weight)
+    with pytest.raises(ShapeError, match="out_dtype torch.float16 or torch.float32, got torch.bf"):
+        linear(x.half(), weight.half(), out_dtype=torch.bfloat16)
     monkeypatch.setenv("FASTRL_CHECK", "1")
     with pytest.raises(NumericsError, match="linear: expected weight without NaN"):
         linear(x, weight * torch.nan)

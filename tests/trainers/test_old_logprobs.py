@@ -214,7 +214,7 @@ def test_start_up_sweeps_where_exact_mode_is_on(
     task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     exact: bool,
 ) -> None:
-    monkeypatch.setattr(sweep_module, "least_rows", lambda shape, dtype, device: None)
+    monkeypatch.setattr(sweep_module, "least_rows", lambda product, dtype, device: None)
     with caplog.at_level(logging.WARNING, logger="fastrl"):
         task.make_trainer(engine=EngineConfig(exact=exact))
     assert ("exact mode: product" in caplog.text) == exact

@@ -10,7 +10,8 @@ eight tiles of rows before they go to the next columns, so that neighbours share
 backward pass is two products by torch: its sums depend on the number of rows by their nature.
 Floor: 2NDO operations (float32 without tensor cores, "ieee"), 2(ND + DO + NO) bytes in half
 precision where the cache holds what neighbours share.
-Limits: float32, float16, bfloat16, one type for all; sums in float32.
+Limits: float32, float16, bfloat16, one type for x, weight and bias; sums in float32, y of that type
+or float32.
 """
 
 import itertools
@@ -76,10 +77,9 @@ def tile_settings(dtype: torch.dtype, width: int) -> dict[str, int]:
             "num_warps": 4, "num_stages": 3}
 
 
-def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """y [N, O] of rows x [N, D] in one launch."""
+def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """y [N, O] of rows x [N, D] in one launch, written into contiguous `y` of any float type."""
     (N, D), O = x.shape, len(weight)  # noqa: E741
-    y = torch.empty(N, O, dtype=x.dtype, device=x.device)
     if y.numel() > 0:
         settings = tile_settings(x.dtype, D)
         grid = (triton.cdiv(N, settings["BLOCK_N"]) * triton.cdiv(O, settings["BLOCK_O"]),)
@@ -91,52 +91,67 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-@torch.library.custom_op("fastrl_kernels::linear", mutates_args=())
-def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return linear_fwd(x, weight, bias)
+def _new_y(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    return linear_fwd(x, weight, bias, _new_y(x, weight, out_dtype))
+
+
+_linear_op = torch.library.custom_op("fastrl_kernels::linear", _linear, mutates_args=())
 
 
 @_linear_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    return _new_y(x, weight, out_dtype)
 
 
 class _Linear(torch.autograd.Function):
     """Keeps x and weight, as torch's own does."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Any:
         ctx.save_for_backward(x, weight)
-        run = _linear_op if torch.compiler.is_compiling() else linear_fwd
-        return run(x, weight, bias)
+        run: Any = _linear_op if torch.compiler.is_compiling() else _linear
+        return run(x, weight, bias, out_dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        dy = dy.to(x.dtype)
         return (dy @ weight if needs_x else None, dy.T @ x if needs_weight else None,
-                dy.sum(dim=0) if needs_bias else None)
+                dy.sum(dim=0) if needs_bias else None, None)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """fastrl.ops.linear on this backend."""
     rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = _Linear.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
+    y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+        rows, weight, bias, out_dtype or x.dtype)
     return y.view(*x.shape[:-1], len(weight))
 
 
 def aot_cases(every: bool = False) -> list[AotCase]:
     """See fastrl_kernels.triton.support."""
     dtypes = dict(zip(DTYPES, (torch.float32, torch.float16, torch.bfloat16), strict=True))
-    tensors = ("x_ptr", "weight_ptr", "bias_ptr", "y_ptr")
+    flags = ((True, True), (True, False), (False, True), (False, False)) if every else (
+        (True, True), (False, True))
     return [
         (_linear_fwd_kernel,
-         {**dict.fromkeys(tensors, f"*{name}{aligned}"), "num_rows": "i32",
+         {**dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr"), f"*{name}{aligned}"),
+          "y_ptr": f"*{'fp32' if is_wide else name}{aligned}", "num_rows": "i32",
           **dict.fromkeys(("num_columns", "width", "stride_x_n", "stride_weight_o"),
                           f"i32{aligned}")},
          {"stride_x_d": 1, "stride_weight_d": 1, "HAS_BIAS": has_bias, "WIDENS": False,
           "GROUP": GROUP, **tile_settings(dtypes[name], 16 if aligned else 1)})
-        for name, has_bias, aligned in itertools.product(
-            DTYPES, (True, False) if every else (True,), (":16", "") if every else (":16",))
+        for name, (is_wide, has_bias), aligned in itertools.product(
+            DTYPES, flags, (":16", "") if every else (":16",))
+        if not (is_wide and name == "fp32")
     ]

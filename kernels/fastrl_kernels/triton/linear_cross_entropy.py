@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrl_kernels.head_chunks import chunk_slices
 from fastrl_kernels.triton.linear_logprob import (
     Gradients,
     add_head_gradients,
     as_tensors,
-    chunk_slices,
     gradient_view,
     multiply,
     new_chunk,

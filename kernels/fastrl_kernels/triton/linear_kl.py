@@ -22,11 +22,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastrl_kernels.head_chunks import chunk_slices
 from fastrl_kernels.triton.linear_logprob import (
     Gradients,
     add_head_gradients,
     as_tensors,
-    chunk_slices,
     gradient_view,
     multiply,
     new_chunk,

@@ -3,8 +3,9 @@
     z = (hidden @ weight.T + bias) / temperature
     logprob = z_token - logsumexp(z)        H = -sum_v p_v log p_v
 
-Forward: a chunk of logits in float32, from half-precision operands where those are, then the kernel
-of gather_logprobs, which adds the bias and reads the chunk once; or, on request, no logits at all
+Forward: a chunk of logits in float32, from half-precision operands where those are (by the kernel
+of linear, where rows are to have the same bits in any number), then the kernel of gather_logprobs,
+which adds the bias and reads the chunk once; or, on request, no logits at all
 (linear_logprob_tiles.py). Backward: the same logits again,
 overwritten by their gradient in the operands' type (in the first half of each row, where that is
 narrower), then the two products, summed in float32. Operations 2MDV and 6MDV; per logit 4 bytes
@@ -19,27 +20,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastrl_kernels.head_chunks import chunk_slices
+from fastrl_kernels.triton.linear import linear_fwd
 from fastrl_kernels.triton.linear_logprob_tiles import tiled_logprobs
 from fastrl_kernels.triton.logprob import logprobs_bwd, logprobs_fwd, new_rows
 from fastrl_kernels.triton.support import supports
 
 __all__ = ["linear_logprobs", "supports"]
-CHUNK_BYTES = 640 * 2**20
-"""Logits in memory at a time: 1024 rows of float32 at a vocabulary of 151936."""
-TILE = 128
-"""Rows of a product's tile; chunks are multiples of it, so that no tile is mostly empty."""
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-def chunk_slices(num_tokens: int, row_bytes: int, chunk_tokens: int | None) -> list[slice]:
-    """Token ranges of nearly equal size whose logits fit in CHUNK_BYTES."""
-    largest = chunk_tokens or max(1, CHUNK_BYTES // row_bytes)
-    if chunk_tokens is None and largest >= TILE:
-        largest -= largest % TILE
-    num_chunks = max(1, -(-num_tokens // largest))
-    size = max(1, -(-num_tokens // num_chunks))
-    size = min(largest, -(-size // TILE) * TILE)
-    return [slice(i, min(i + size, num_tokens)) for i in range(0, num_tokens, size)]
 
 
 def new_chunk(hidden: Tensor, weight: Tensor, chunks: list[slice], dtype: torch.dtype) -> Tensor:
@@ -61,6 +49,16 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> 
         torch.mm(a, b, out=out)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def project(hidden: Tensor, weight: Tensor, logits: Tensor, keeps_rows: bool) -> None:
+    """logits = hidden @ weight.T, by the library or, where its rows depend on how many there are,
+    by the kernel of linear.
+    """
+    if keeps_rows:
+        linear_fwd(hidden, weight, None, logits)
+    else:
+        multiply(hidden, weight.T, logits)
 
 
 def same_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +97,7 @@ def add_head_gradients(
 
 def linear_logprobs_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, temperature: float,
-    chunk_tokens: int | None, logits: str,
+    chunk_tokens: int | None, logits: str, keeps_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs, entropy, m and log s, [M] float32 each."""
     hidden, weight = same_dtype(hidden, weight)
@@ -110,7 +108,7 @@ def linear_logprobs_fwd(
     result = new_rows(hidden)
     for rows in chunks:
         chunk = buffer[: rows.stop - rows.start]
-        multiply(hidden[rows], weight.T, chunk)
+        project(hidden[rows], weight, chunk, keeps_rows)
         logprobs, entropy, maximum, log_sum = (values[rows] for values in result)
         logprobs_fwd(chunk, token_ids[rows], temperature, bias,
                      out=(logprobs, entropy, maximum, log_sum))
@@ -120,7 +118,8 @@ def linear_logprobs_fwd(
 def linear_logprobs_bwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, entropy: Tensor,
     maximum: Tensor, log_sum: Tensor, dlogprobs: Tensor, dentropy: Tensor | None,
-    temperature: float, chunk_tokens: int | None, needs: tuple[bool, bool, bool],
+    temperature: float, chunk_tokens: int | None, keeps_rows: bool,
+    needs: tuple[bool, bool, bool],
 ) -> Gradients:
     """Gradients of hidden, weight and bias in float32, where needed."""
     gradients = new_gradients(hidden, weight, bias, needs)
@@ -129,7 +128,7 @@ def linear_logprobs_bwd(
     buffer = new_chunk(hidden, weight, chunks, torch.float32)
     for rows in chunks:
         logits = buffer[: rows.stop - rows.start]
-        multiply(hidden[rows], weight.T, logits)
+        project(hidden[rows], weight, logits, keeps_rows)
         dlogits = gradient_view(logits, hidden.dtype)
         logprobs_bwd(dlogits, logits, token_ids[rows], entropy[rows], maximum[rows], log_sum[rows],
                      dlogprobs[rows], None if dentropy is None else dentropy[rows], temperature,
@@ -141,9 +140,10 @@ def linear_logprobs_bwd(
 @torch.library.custom_op("fastrl_kernels::linear_logprobs", mutates_args=())
 def _fwd_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, temperature: float,
-    chunk_tokens: int | None, logits: str,
+    chunk_tokens: int | None, logits: str, keeps_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return linear_logprobs_fwd(hidden, weight, bias, token_ids, temperature, chunk_tokens, logits)
+    return linear_logprobs_fwd(hidden, weight, bias, token_ids, temperature, chunk_tokens, logits,
+                               keeps_rows)
 
 
 @_fwd_op.register_fake
@@ -155,11 +155,11 @@ def _(hidden: Tensor, *others: Any) -> tuple[Tensor, ...]:
 def _bwd_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, entropy: Tensor,
     maximum: Tensor, log_sum: Tensor, dlogprobs: Tensor, dentropy: Tensor | None,
-    temperature: float, chunk_tokens: int | None, needs: list[bool],
+    temperature: float, chunk_tokens: int | None, keeps_rows: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = linear_logprobs_bwd(
         hidden, weight, bias, token_ids, entropy, maximum, log_sum, dlogprobs, dentropy,
-        temperature, chunk_tokens, (needs[0], needs[1], needs[2]))
+        temperature, chunk_tokens, keeps_rows, (needs[0], needs[1], needs[2]))
     return as_tensors(gradients, hidden)
 
 
@@ -182,12 +182,13 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor,
-        temperature: float, chunk_tokens: int | None, logits: str,
+        temperature: float, chunk_tokens: int | None, logits: str, keeps_rows: bool,
     ) -> tuple[Tensor, Tensor]:
         run = _fwd_op if torch.compiler.is_compiling() else linear_logprobs_fwd
-        logprobs, *rows = run(hidden, weight, bias, token_ids, temperature, chunk_tokens, logits)
+        logprobs, *rows = run(hidden, weight, bias, token_ids, temperature, chunk_tokens, logits,
+                              keeps_rows)
         ctx.save_for_backward(hidden, weight, bias, token_ids, *rows)
-        ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
+        ctx.temperature, ctx.chunk_tokens, ctx.keeps_rows = temperature, chunk_tokens, keeps_rows
         ctx.set_materialize_grads(False)
         return logprobs, rows[0]
 
@@ -202,20 +203,21 @@ class _LinearLogprobs(torch.autograd.Function):
         run: Any = _bwd_op if torch.compiler.is_compiling() else linear_logprobs_bwd
         needs = ctx.needs_input_grad[:3]
         gradients = run(hidden, weight, bias, token_ids, *rows, dlogprobs, dentropy,
-                        ctx.temperature, ctx.chunk_tokens, needs)
+                        ctx.temperature, ctx.chunk_tokens, ctx.keeps_rows, needs)
         return (
             *(gradient.to(x.dtype) if is_needed else None for gradient, is_needed, x in
               zip(gradients, needs, (hidden, weight, bias), strict=True)),
-            None, None, None, None,
+            None, None, None, None, None,
         )
 
 
 def linear_logprobs(
     hidden: Tensor, weight: Tensor, token_ids: Tensor, *, bias: Tensor | None = None,
     temperature: float = 1.0, chunk_tokens: int | None = None, logits: str = "chunked",
+    keeps_rows: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """fastrl.ops.linear_logprobs on this backend."""
     result: tuple[Tensor, Tensor] = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, token_ids, temperature, chunk_tokens, logits
+        hidden, weight, bias, token_ids, temperature, chunk_tokens, logits, keeps_rows
     )
     return result

@@ -24,15 +24,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastrl_kernels.head_chunks import chunk_slices
 from fastrl_kernels.triton.linear_logprob import (
     Gradients,
     add_head_gradients,
     as_tensors,
-    chunk_slices,
     gradient_view,
-    multiply,
     new_chunk,
     new_gradients,
+    project,
     same_dtype,
 )
 from fastrl_kernels.triton.logprob import (
@@ -173,7 +173,7 @@ def linear_policy_loss_fwd(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, old_logprobs: Tensor,
     advantages: Tensor, loss_mask: Tensor, token_weights: Tensor | None,
     ref_logprobs: Tensor | None, settings: Settings, chunk_tokens: int | None,
-    logits_dtype: torch.dtype, needs: tuple[bool, bool, bool],
+    logits_dtype: torch.dtype, keeps_rows: bool, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Gradients]:
     """Statistics [10] float64 and the gradients that are needed, of the sum of the losses by z."""
     gradients = new_gradients(hidden, weight, bias, needs)
@@ -185,7 +185,7 @@ def linear_policy_loss_fwd(
         # NaN in a masked hidden state would pass through a product with a gradient of 0.
         kept = hidden[rows].masked_fill(~loss_mask[rows, None], 0.0)
         logits = buffer[: rows.stop - rows.start]
-        multiply(kept, weight.T, logits)
+        project(kept, weight, logits, keeps_rows)
         dlogits = policy_loss_of_logits(
             logits, token_ids[rows], old_logprobs[rows], advantages[rows], loss_mask[rows],
             None if token_weights is None else token_weights[rows],
@@ -201,11 +201,11 @@ def _fwd_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, old_logprobs: Tensor,
     advantages: Tensor, loss_mask: Tensor, token_weights: Tensor | None,
     ref_logprobs: Tensor | None, settings: list[float], chunk_tokens: int | None,
-    logits_dtype: torch.dtype, needs: list[bool],
+    logits_dtype: torch.dtype, keeps_rows: bool, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stats, gradients = linear_policy_loss_fwd(
         hidden, weight, bias, token_ids, old_logprobs, advantages, loss_mask, token_weights,
-        ref_logprobs, Settings._make(settings), chunk_tokens, logits_dtype,
+        ref_logprobs, Settings._make(settings), chunk_tokens, logits_dtype, keeps_rows,
         (needs[0], needs[1], needs[2]))
     return stats, *as_tensors(gradients, hidden)
 
@@ -250,7 +250,7 @@ def linear_policy_loss(
     entropy_coef: float = 0.0, token_weights: Tensor | None = None,
     ref_logprobs: Tensor | None = None, kl_coef: float = 0.0, kl_estimator: str = "k3",
     max_log_ratio: float = 20.0, max_exponent: float = 20.0, chunk_tokens: int | None = None,
-    logits_dtype: torch.dtype = torch.float32,
+    logits_dtype: torch.dtype = torch.float32, keeps_rows: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """fastrl.ops.linear_policy_loss on this backend: the loss, and the statistics as [9] float64.
 
@@ -258,6 +258,7 @@ def linear_policy_loss(
         max_log_ratio: Where the log-ratio is held, in both directions.
         max_exponent: Where the exponent of k3 is held.
         logits_dtype: float32, or the type of hidden: half the bytes, logits rounded once.
+        keeps_rows: Logits by the kernel of linear.
     """
     inputs = (hidden, weight, bias)
     is_recording = torch.is_grad_enabled()
@@ -273,12 +274,12 @@ def linear_policy_loss(
                     None if ref_logprobs is None else ref_logprobs.detach())
     if torch.compiler.is_compiling():
         stats, *made = _fwd_op(*tensors, [float(x) for x in settings], chunk_tokens, logits_dtype,
-                               list(needs))
+                               keeps_rows, list(needs))
         dhidden, dweight, dbias = (gradient if is_needed else None
                                    for gradient, is_needed in zip(made, needs, strict=True))
         gradients: Gradients = dhidden, dweight, dbias
     else:
-        arguments: Any = (*tensors, settings, chunk_tokens, logits_dtype, needs)
+        arguments: Any = (*tensors, settings, chunk_tokens, logits_dtype, keeps_rows, needs)
         stats, gradients = linear_policy_loss_fwd(*arguments)
     loss = (stats[9] / denominator).float()
     if any(needs):
