@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,13 +31,18 @@ from fastrl.runs import DPORun, PPORun, PretrainRun, RewardRun, SelectRun, SFTRu
 from fastrl.trainers.common import resolve_device, resolve_dtype
 
 CARDS = ("24GB", "48GB", "80GB", "141GB")
+_LEAST: dict[str, Any] = {"activation_checkpointing": True, "optimizer_moments": "8bit"}
 TABLE_SETTINGS: Mapping[str, TrainConfig] = {
-    "SFT": SFTConfig(activation_checkpointing=True, optimizer_moments="8bit"),
-    "reward model": RewardConfig(activation_checkpointing=True, optimizer_moments="8bit"),
-    "PPO": PPOConfig(activation_checkpointing=True, optimizer_moments="8bit", ema_decay=None,
-                     eval_with_ema=False),
+    "SFT": SFTConfig(**_LEAST),
+    "reward model": RewardConfig(**_LEAST),
+    "PPO": PPOConfig(**_LEAST, ema_decay=None, eval_with_ema=False),
+    "SFT, LoRA": SFTConfig(**_LEAST, lora_rank=16),
+    "reward model, LoRA": RewardConfig(**_LEAST, lora_rank=16),
+    "PPO, LoRA": PPOConfig(**_LEAST, ema_decay=None, eval_with_ema=False, lora_rank=16,
+                           reference="adapters_off"),
 }
-"""The settings of the table: those that take the least memory without changing what is learned."""
+"""The settings of the table: those that take the least memory without changing what is learned,
+with all weights trained and with LoRA."""
 
 
 def plan_stage(kind: str, config: StageRun, shape: str | None, console: Console) -> bool:
@@ -153,7 +159,7 @@ def show(title: str, plan: MemoryPlan, console: Console) -> None:
 
 
 def largest_models(budget: str) -> dict[str, str]:
-    """Stage -> the largest named model that a card trains in full, under `TABLE_SETTINGS`."""
+    """Stage -> the largest named model that a card trains, under `TABLE_SETTINGS`."""
     device = Device("cuda", read_bytes(budget, "gpu_memory"), torch.bfloat16)
     shapes = sorted((shape_named(name) for name in NAMED), key=lambda s: -sum(s.language_model))
     found: dict[str, str] = {}

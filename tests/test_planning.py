@@ -146,7 +146,7 @@ def test_the_table_of_the_readme_is_what_the_command_prints(
 ) -> None:
     assert cli.main(["plan", "--table"]) == 0
     printed = capsys.readouterr().out.strip()
-    assert printed.count("\n") == 4 and "141 GB" in printed
+    assert printed.count("\n") == 7 and "141 GB" in printed
     assert printed in (ROOT / "README.md").read_text("utf-8")
 
 

@@ -121,7 +121,8 @@ def _all_changes(config: TrainConfig, has_reward_model: bool) -> Iterator[Change
                               "max_kl": None}
     if hasattr(config, "reference_model"):  # a stage's settings name the folder
         fields["reference_model"] = None
-    yield Change("reference none with kl_coef 0", fields, is_mild=False)
+    if config.reference != "adapters_off":  # which takes nothing
+        yield Change("reference none with kl_coef 0", fields, is_mild=False)
 
 
 def _names(changes: Sequence[Change]) -> str:

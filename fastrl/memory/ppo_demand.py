@@ -75,6 +75,7 @@ def _rollout(
     prefill = max(longest, min(prefill, config.rollout_batch_size * longest))
     forward = sizes.forward_bytes(policy.decoder, device.dtype, prefill)
     logits = sizes.sampling_bytes(policy.decoder, device.dtype, num_rows, device_type=device.type)
+    logits += policy.joined_head_bytes(device.dtype)
     copies = sizes.copy_bytes(policy.decoder, device.dtype, device_type=device.type)
     return [Moment(phase, needs, cache | {"scratch": copies, "activations": forward}),
             Moment(phase, needs, cache | {"scratch": copies, "logits": logits})]
@@ -93,6 +94,8 @@ def _scoring(
         forward = sizes.forward_bytes(shape.decoder, device.dtype, tokens)
         scores = (sizes.scoring_bytes if name in ("policy", "reference") else sizes.scalar_bytes)(
             shape.decoder, device.dtype, _num_scored(config, tokens, longest))
+        if name == "policy":
+            scores += shape.joined_head_bytes(device.dtype)
         needed = (*needs, name, *(trunk_owner(config, models) if name == "critic" else ()))
         moments += [Moment(phase, needed, {**swapped, "activations": forward}),
                     Moment(phase, needed, {**swapped, "logits": scores})]

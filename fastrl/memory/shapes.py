@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ NAMED: Mapping[str, Mapping[str, Any]] = {
     "qwen3-1.7b": _QWEN3 | _sizes(2048, 6144, 28, 16),
     "qwen3-4b": _QWEN3 | _sizes(2560, 9728, 36, 32),
     "qwen3-8b": _QWEN3 | _sizes(4096, 12288, 36, 32) | {"tie_word_embeddings": False},
+    "qwen3-14b": _QWEN3 | _sizes(5120, 17408, 40, 40) | {"tie_word_embeddings": False},
+    "qwen3-32b": _QWEN3 | _sizes(5120, 25600, 64, 64) | {"tie_word_embeddings": False},
     "llama-3.2-1b": _LLAMA3 | _sizes(2048, 8192, 16, 32),
     "llama-3.2-3b": _LLAMA3 | _sizes(3072, 8192, 28, 24),
     "llama-3.1-8b": _LLAMA3 | _sizes(4096, 14336, 32, 32) | {"tie_word_embeddings": False},
@@ -84,6 +87,11 @@ class ModelShape:
         """Those of a scalar model that training changes: its head always."""
         return (self.decoder.hidden_size, *self.adapters) if self.adapters else self.scalar_model
 
+    def joined_head_bytes(self, dtype: torch.dtype) -> int:
+        """What an LM head with an adapter takes in a call: its matrix beside B."""
+        head = self.decoder.vocab_size * self.decoder.hidden_size
+        return head * dtype.itemsize * self.adapts_head
+
     @property
     def has_frozen_head(self) -> bool:
         """True where no gradient of an LM head is made."""
@@ -128,14 +136,23 @@ def with_adapters(shape: ModelShape, config: TrainConfig, *, has_head: bool = Tr
     """
     if config.lora_rank == 0 or shape.adapters:
         return shape
+    return dataclasses.replace(shape, **_planned_adapters(
+        shape.decoder, config.lora_rank, config.lora_targets, has_head))
+
+
+@cache
+def _planned_adapters(
+    config: DecoderConfig, rank: int, targets: tuple[str, ...] | None, has_head: bool
+) -> Mapping[str, Any]:
+    """The fields of a shape that adapters fill, of a decoder without memory."""
     with torch.device("meta"):
-        decoder = Decoder(shape.decoder)
+        decoder = Decoder(config)
     model: CausalLM | ScalarModel = causal_lm(decoder)
     if not has_head:
-        model = ScalarModel(decoder, ScalarHead(nn.Parameter(decoder.embed.weight[0])),
-                            shape.decoder.spec)
-    adapt(model, config)
-    return dataclasses.replace(shape, **_adapters_of(model))
+        head = ScalarHead(nn.Parameter(torch.empty(config.hidden_size, device="meta")))
+        model = ScalarModel(decoder, head, config.spec)
+    adapt(model, TrainConfig(lora_rank=rank, lora_targets=targets))
+    return _adapters_of(model)
 
 
 def _adapters_of(model: CausalLM | ScalarModel) -> dict[str, Any]:

@@ -53,5 +53,6 @@ def training(
         is_checkpointed=config.activation_checkpointing, has_dropout=has_dropout)
     activations += sizes.adapter_bytes(shape.decoder, dtype, tokens, shape.adapter_width)
     scratch = sizes.scratch_bytes(numels, dtype, config.optimizer_moments, device_type=device.type)
+    loss += shape.joined_head_bytes(dtype)
     return [Moment(phase, needs, gradients | {"activations": activations, "logits": loss}),
             Moment(phase, needs, gradients | {"scratch": scratch})]

@@ -184,6 +184,8 @@ def _adapt_decoder(model: CausalLM | ScalarModel, config: TrainConfig) -> Adapte
     with torch.no_grad():
         for module in added:
             for name, parameter in module.named_parameters():
+                if parameter.is_meta:  # a plan's
+                    continue
                 if name.startswith("lora_a."):
                     bound = 1 / math.sqrt(parameter.shape[1])
                     drawn = torch.rand(parameter.shape, generator=generator)

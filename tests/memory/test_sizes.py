@@ -9,14 +9,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastrl.config import SFTConfig
 from fastrl.engine.cache import KVCache
 from fastrl.memory import sizes
-from fastrl.memory.shapes import NAMED, shape_named, shape_of_model
+from fastrl.memory.shapes import (
+    NAMED,
+    shape_named,
+    shape_of_config,
+    shape_of_model,
+    with_adapters,
+)
 from fastrl.models import new_decoder
 from fastrl.models.attention import PackedAttention
 from fastrl.models.by_input import matrices
 from fastrl.models.config import DecoderConfig
 from fastrl.models.families import decoder_config
+from fastrl.models.lora import adapt
 from fastrl.ops import adamw
 from fastrl.optim import EMA, AdamW
 
@@ -63,6 +71,48 @@ def test_activations_are_what_the_forward_keeps(family: str, dtype: torch.dtype)
     layer = sizes.layer_bytes(config, dtype, device_type="cpu")
     base = sizes.base_bytes(config, dtype, device_type="cpu")
     assert kept_for_backward(decoder) == N * (2 * layer + base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gpt_neox"])
+def test_adapters_keep_their_first_products(family: str, dtype: torch.dtype) -> None:
+    """The first layer's input needs no gradient, so that its norms keep less than the others."""
+    config = small_config(family)
+    model = new_decoder(config, 0, dtype=dtype)
+    adapt(model, SFTConfig(lora_rank=3))
+    shape = shape_of_model("policy", model)
+    planned = with_adapters(shape_of_config("policy", config), SFTConfig(lora_rank=3))
+    assert replace(planned, adapters=tuple(sorted(planned.adapters))) == (
+        replace(shape, adapters=tuple(sorted(shape.adapters))))
+    layer = sizes.layer_bytes(config, dtype, device_type="cpu")
+    base = sizes.base_bytes(config, dtype, device_type="cpu")
+    kept = N * (2 * layer + base + shape.adapter_width * dtype.itemsize)
+    first = kept - kept_for_backward(model.backbone)
+    assert 0 <= first <= N * (layer + base) / 2
+    transient = max(config.intermediate_size * (1 + config.gated_mlp),
+                    (config.num_heads + 2 * config.num_kv_heads) * config.head_dim)
+    assert sizes.adapter_bytes(config, dtype, N, shape.adapter_width) == (
+        N * dtype.itemsize * (shape.adapter_width + transient))
+
+
+def test_bytes_of_a_model_with_adapters() -> None:
+    """By hand: rank 2 on q (64 x 64), k and v (32 x 64 each), o, gate, up and down, two layers."""
+    config = small_config("llama")
+    shape = with_adapters(shape_of_config("policy", config), SFTConfig(lora_rank=2))
+    attention, mlp = 3 * 64 + 64 + 32 + 32 + 64 + 64, 2 * 64 + 2 * 104 + 104 + 64
+    per_layer = 2 * (attention + mlp)
+    assert sum(shape.adapters) == 2 * per_layer
+    assert shape.adapter_width == 2 * 2 * 7
+    assert sum(shape.trained_language_model) == 2 * per_layer
+    assert sum(shape.trained_scalar_model) == 2 * per_layer + 64
+    assert sum(shape.language_model) == sum(shape.trunk) + 37 * 64 * (not config.tie_embeddings) + (
+        2 * per_layer)
+    assert shape.has_frozen_head
+    headed = with_adapters(shape_of_config("policy", config),
+                           SFTConfig(lora_rank=2, lora_targets=("lm_head",)))
+    assert sum(headed.adapters) == 2 * (37 + 64) and not headed.has_frozen_head
+    assert headed.joined_head_bytes(torch.bfloat16) == 2 * 37 * 64
+    assert shape.joined_head_bytes(torch.bfloat16) == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,7 +173,8 @@ def test_bytes_per_token_of_the_published_models() -> None:
 def test_parameters_of_the_published_models() -> None:
     """The totals of the model cards, to the last one."""
     totals = {"qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096,
-              "qwen3-8b": 8_190_735_360, "llama-3.2-1b": 1_235_814_400,
+              "qwen3-8b": 8_190_735_360, "qwen3-14b": 14_768_307_200,
+              "qwen3-32b": 32_762_123_264, "llama-3.2-1b": 1_235_814_400,
               "llama-3.2-3b": 3_212_749_824, "llama-3.1-8b": 8_030_261_248}
     assert totals.keys() == NAMED.keys()
     for name, total in totals.items():
