@@ -10,7 +10,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fastrl.errors import ConfigError
 from fastrl.field_types import described, fits
@@ -324,9 +324,19 @@ class DPOConfig(TrainConfig):
               "0 with loss_type ipo", self.label_smoothing)
 
 
+Advantage = Literal["gae", "grpo", "dr_grpo", "rloo", "reinforce_plus_plus",
+                    "reinforce_plus_plus_baseline", "remax"]
+GROUPED = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
+"""Advantages that compare the responses to one prompt."""
+CRITIC_SETTINGS = ("critic_learning_rate", "critic_max_grad_norm", "value_clip_range", "value_coef",
+                   "critic_init", "critic_trunk", "num_critic_warmup_iterations", "lam",
+                   "whiten_rewards")
+"""Settings of PPOConfig that mean nothing without a critic."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PPOConfig(TrainConfig):
-    """PPO and PPO-ptx against a scorer, with a per-token KL penalty to a reference."""
+    """PPO and PPO-ptx against a scorer, with a KL penalty to a reference, and its relatives."""
 
     learning_rate: float = 2.55e-6
     """Peak learning rate of the policy; paper: a scan of 2.55e-6 to 2.55e-5."""
@@ -366,30 +376,46 @@ class PPOConfig(TrainConfig):
     kl_coef: float = 0.02
     """beta, weight of the per-token KL penalty, in units of the reward; paper: 0.02."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of the KL that is subtracted from the reward; paper: k1."""
+    """Estimator of the KL that is subtracted from the reward or added to the loss; paper: k1."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """Keep beta, or steer KL to `kl_target` (Ziegler et al. 2019); paper: fixed."""
     kl_target: float = 6.0
     """Target of the adaptive controller, nats per response."""
     kl_horizon: float = 10000.0
     """Time constant of the adaptive controller, in episodes."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where KL is: subtracted from the reward of each token as a number, or added to the loss of
+    each token and differentiated (k1 with the gradient of k2)."""
+    advantage: Advantage = "gae"
+    """Against what a response is measured: gae: a critic; grpo, dr_grpo, rloo and
+    reinforce_plus_plus_baseline: the other responses to its prompt (`num_samples_per_prompt`);
+    reinforce_plus_plus: the batch; remax: the greedy response. Only gae has a critic."""
     gamma: float = 1.0
     """Discount; paper: 1."""
     lam: float = 0.95
     """Trace decay of GAE; 0.95 in Ziegler et al. and Stiennon et al., the paper is silent."""
     clip_range: float = 0.2
     """Clip range of the probability ratio; paper: 0.2."""
+    clip_range_high: float | None = None
+    """Clip range of ratios above 1 ("clip higher"); None: `clip_range`."""
+    dual_clip: float | None = None
+    """Bound of the loss of a token with a negative advantage, in units of that advantage, above 1,
+    such as 3; None: no bound."""
+    loss_mean: Literal["token", "sequence", "group", "constant"] = "token"
+    """The policy loss is the mean over responses of their tokens' sum divided by: token: the mean
+    length in the minibatch; sequence: the response's length; group: the mean length of the
+    responses to its prompt; constant: `sampling.max_new_tokens`."""
     value_clip_range: float | None = 0.2
     """Clip range of the value change; None: no clipping."""
     value_coef: float = 1.0
     """Weight of the value loss. A critic with an optimiser of its own is only scaled by it; with
     `critic_trunk: policy` it weighs the value loss against the policy loss."""
     entropy_coef: float = 0.0
-    """Weight of an entropy bonus in the policy loss."""
+    """Weight of an entropy bonus in the policy loss; 0: none."""
     whiten_rewards: bool = False
     """Whiten shaped rewards over the batch, mean kept."""
-    whiten_advantages: bool = True
-    """Whiten advantages over the batch."""
+    whiten_advantages: bool | None = None
+    """Whiten advantages over the batch; None: with gae and both forms of reinforce_plus_plus."""
     reward_clip: float | None = None
     """Scores are clipped to [-reward_clip, reward_clip] before shaping; None: not clipped."""
     missing_eos_penalty: float | None = -1.0
@@ -438,7 +464,7 @@ class PPOConfig(TrainConfig):
                          "rollout_batch_size", "minibatch_size", "num_inner_epochs",
                          "num_samples_per_prompt", "max_prompt_tokens", "kl_target", "kl_horizon",
                          "clip_range", "value_clip_range", "reward_clip", "max_approx_kl",
-                         "max_kl", "eval_steps", "num_eval_prompts"))
+                         "max_kl", "eval_steps", "num_eval_prompts", "clip_range_high"))
         _not_negative(self, ("kl_coef", "value_coef", "entropy_coef", "ptx_coef", "ptx_ratio",
                              "num_critic_warmup_iterations", "num_logprob_checks",
                              "logprob_tolerance"))
@@ -463,6 +489,7 @@ class PPOConfig(TrainConfig):
             check(self.kl_controller == "fixed", "kl_controller",
                   "'fixed', because reference is 'none'", self.kl_controller)
             check(self.max_kl is None, "max_kl", "None, because reference is 'none'", self.max_kl)
+        self._check_advantage()
         check(self.critic_trunk in ("own", self.critic_init), "critic_init",
               f"{self.critic_trunk!r}, because critic_trunk is {self.critic_trunk!r}: the critic "
               f"cannot start from other weights than those it shares", self.critic_init)
@@ -470,6 +497,43 @@ class PPOConfig(TrainConfig):
               "plain sampling (no top_k, top_p, min_p, penalty, min_new_tokens or greedy): "
               "truncated samples cannot have ratio 1 in the update; to use them all the same set "
               "sampling.logprobs to raw", self.sampling)
+
+    def _check_advantage(self) -> None:
+        """Refuse settings that contradict the advantage or the place of the KL."""
+        known = get_args(Advantage)
+        check(self.advantage in known, "advantage", f"one of {', '.join(known)}", self.advantage)
+        for name, choices in (("kl_in", ("reward", "loss")),
+                              ("loss_mean", ("token", "sequence", "group", "constant"))):
+            check(getattr(self, name) in choices, name, f"one of {', '.join(choices)}",
+                  getattr(self, name))
+        because = f"because advantage is {self.advantage!r}"
+        if self.advantage in GROUPED:
+            check(self.num_samples_per_prompt > 1, "num_samples_per_prompt",
+                  f"at least 2, {because}, which compares the responses to one prompt",
+                  self.num_samples_per_prompt)
+        if self.advantage in GROUPED[:3]:
+            check(self.gamma == 1, "gamma", f"1, {because}, which has one number per response",
+                  self.gamma)
+        if not self.has_critic:
+            defaults = {field.name: field.default for field in dataclasses.fields(PPOConfig)}
+            for name in CRITIC_SETTINGS:
+                check(getattr(self, name) == defaults[name], name,
+                      f"its default ({defaults[name]!r}), {because}, which has no critic",
+                      getattr(self, name))
+        check(self.dual_clip is None or self.dual_clip > 1, "dual_clip",
+              "None or a number above 1, such as 3", self.dual_clip)
+
+    @property
+    def has_critic(self) -> bool:
+        """True where values are learned: no other advantage asks for them."""
+        return self.advantage == "gae"
+
+    @property
+    def whitens_advantages(self) -> bool:
+        """`whiten_advantages`, or what the advantage has by its source."""
+        if self.whiten_advantages is not None:
+            return self.whiten_advantages
+        return self.advantage in ("gae", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -86,8 +86,13 @@ GLOSSARY: dict[str, Term] = {
     "reward/used_score_mean": Term(
         "Mean score after clipping and after the penalty for responses that did not stop."),
     "reward/total_mean": Term(
-        "Mean over responses of everything PPO maximises: the used score minus beta times KL.",
+        "Mean over responses of their rewards: the used score minus beta times KL, where KL is in "
+        "the reward.",
         ("TRL: objective/rlhf_reward", "OpenRLHF: return", "verl: critic/rewards/mean")),
+    "reward/equal_group_share": Term(
+        "Share of prompts whose responses all have the same score, from which a comparison of them "
+        "learns nothing.",
+        ("TRL: frac_reward_zero_std",)),
     "kl/policy_ref": Term(
         "How far the policy moved from the reference, in nats per response (k1, summed over "
         "tokens); it is 0 before the first step, and absent without a reference.",

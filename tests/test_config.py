@@ -27,7 +27,8 @@ DEFAULTS = [
         "clip_range": 0.2, "value_clip_range": 0.2, "ema_decay": 0.992, "eval_with_ema": True,
         "ptx_coef": 0.0, "ptx_ratio": 8.0, "missing_eos_penalty": -1.0, "adam_epsilon": 1e-5,
         "adam_beta1": 0.9, "adam_beta2": 0.95, "critic_init": "reward", "kl_target": 6.0,
-        "kl_horizon": 10000.0, "whiten_rewards": False, "whiten_advantages": True}),
+        "kl_horizon": 10000.0, "whiten_rewards": False, "whitens_advantages": True,
+        "advantage": "gae", "kl_in": "reward", "loss_mean": "token"}),
     (SamplingConfig, {
         "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
         "greedy": False}),

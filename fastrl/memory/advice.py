@@ -114,7 +114,7 @@ def _all_changes(config: TrainConfig, has_reward_model: bool) -> Iterator[Change
         return
     yield Change("ema_decay null", {"ema_decay": None, "eval_with_ema": False})
     trunks = ("reward", "policy") if has_reward_model else ("policy",)
-    for trunk in trunks if config.critic_trunk == "own" else ():
+    for trunk in trunks if config.has_critic and config.critic_trunk == "own" else ():
         yield Change(f"critic_trunk {trunk}", {"critic_trunk": trunk, "critic_init": trunk},
                      is_mild=False)
     fields: dict[str, Any] = {"reference": "none", "kl_coef": 0.0, "kl_controller": "fixed",

@@ -18,21 +18,22 @@ class Models:
     """The shapes of PPO's models."""
 
     policy: ModelShape
-    critic: ModelShape
+    critic: ModelShape | None
     reward_model: ModelShape | None
     reference: ModelShape | None
 
 
 def ppo_demand(config: PPOConfig, models: Models, device: Device, longest: int | None) -> Demand:
-    """Four models in turns, and pages of keys and values."""
+    """Up to four models in turns, and pages of keys and values."""
     policy, dtype = models.policy, device.dtype
     asked = config.max_prompt_tokens + config.sampling.max_new_tokens
     longest = min(longest or asked, policy.decoder.max_positions)
-    critic = models.critic
-    # A critic with adapters has a trunk that it shares: see `trunk_owner`.
-    own_weights = critic.trained_scalar_model if critic.adapters else critic.scalar_model
-    kept = (trained("policy", policy.language_model, policy.trained_language_model, config, dtype)
-            | trained("critic", own_weights, critic.trained_scalar_model, config, dtype))
+    kept = trained("policy", policy.language_model, policy.trained_language_model, config, dtype)
+    if models.critic is not None:
+        critic = models.critic
+        # A critic with adapters has a trunk that it shares: see `trunk_owner`.
+        own_weights = critic.trained_scalar_model if critic.adapters else critic.scalar_model
+        kept |= trained("critic", own_weights, critic.trained_scalar_model, config, dtype)
     width = (models.reward_model or policy if config.critic_trunk == "reward" else policy
              ).decoder.hidden_size
     kept |= head_sizes(config, width, dtype)
@@ -104,7 +105,7 @@ def _scoring(
 
 def trunk_owner(config: PPOConfig, models: Models) -> tuple[str, ...]:
     """The model on whose frozen trunk a critic with adapters lies; none of another critic."""
-    if not models.critic.adapters or config.critic_trunk != "own":
+    if models.critic is None or not models.critic.adapters or config.critic_trunk != "own":
         return ()
     has_owner = config.critic_init == "reward" and models.reward_model is not None
     return ("reward_model",) if has_owner else ("policy",)
@@ -118,14 +119,18 @@ def _num_scored(config: PPOConfig, tokens: int, longest: int) -> int:
 def _updates(
     config: PPOConfig, models: Models, device: Device, tokens: int, longest: int,
 ) -> list[Moment]:
-    """The policy's steps, then the critic's."""
+    """The policy's steps, then those of the critic, where there is one."""
     policy, critic, dtype = models.policy, models.critic, device.dtype
     num_scored = tokens if config.ptx_coef > 0 else _num_scored(config, tokens, longest)
-    return [
+    moments = [
         *training("policy_update", "policy", policy.trained_language_model, policy, config, device,
                    tokens, sizes.loss_bytes(policy.decoder, dtype, num_scored,
                                             has_frozen_head=policy.has_frozen_head),
-                   () if config.ema_decay is None else ("ema",)),
+                   () if config.ema_decay is None else ("ema",))]
+    if critic is None:
+        return moments
+    return [
+        *moments,
         *training("critic_update", "critic", critic.trained_scalar_model, critic, config, device,
                    tokens, sizes.scalar_bytes(critic.decoder, dtype, tokens),
                    trunk_owner(config, models))]

@@ -69,9 +69,11 @@ def plan_ppo(
         longest: Tokens of the longest prompt with its response; None: as the settings allow.
     """
     reward_model = (reward_model or policy) if has_reward_model else None
-    critic = critic or with_adapters(
-        (reward_model if config.critic_init == "reward" else None) or policy, config,
-        has_head=False)
+    if not config.has_critic:
+        critic = None
+    elif critic is None:
+        critic = with_adapters((reward_model if config.critic_init == "reward" else None) or policy,
+                               config, has_head=False)
     policy = with_adapters(policy, config)
 
     def demand(changed: PPOConfig, row: int | None) -> Demand:

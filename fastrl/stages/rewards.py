@@ -42,7 +42,8 @@ def _check_scored(run: PPORun | BestOfNRun) -> None:
         raise ConfigError("reward_model: expected reward_model, reward_function or rewards, got "
                           "none of them; name what scores the responses")
     has_model = any(part.model for part in parts.values())
-    if isinstance(run, PPORun) and run.critic_init == "reward" and not has_model:
+    starts_from_reward = isinstance(run, PPORun) and run.has_critic and run.critic_init == "reward"
+    if starts_from_reward and not has_model:
         raise ConfigError("critic_init: expected 'policy', because no reward is a reward model "
                           "that the critic could start from, got 'reward'; set critic_init")
 

@@ -215,7 +215,9 @@ def ppo(run: PPORun, open_folder: OpenFolder, console: Console) -> None:
         join_parts(run.reward_model, run.reward_function, run.rewards), run, encoder,
         train + held_out, max_tokens=run.max_tokens_per_microbatch,
         max_new_tokens=run.sampling.max_new_tokens, share_prefix=run.share_prefix)
-    critic = initial_critic(run, policy, next(iter(reward_models(scorer).values()), None))
+    critic = None
+    if run.has_critic:
+        critic = initial_critic(run, policy, next(iter(reward_models(scorer).values()), None))
     with open_folder() as folder:
         trainer = PPOTrainer(
             run, policy, reference, critic, scorer, train,

@@ -16,7 +16,6 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from fastrl.advantages import gae
 from fastrl.config import PPOConfig
 from fastrl.engine import Engine
 from fastrl.exactness import exact_math
@@ -27,9 +26,9 @@ from fastrl.memory.residents import Residents, tensors_of
 from fastrl.metrics import PhaseTimer, RunFolder
 from fastrl.models.causal_lm import CausalLM, ScalarModel
 from fastrl.models.lora import adapt, without_adapters
-from fastrl.ops import shape_rewards
+from fastrl.ops import shape_rewards, whiten
 from fastrl.out_of_memory import PassBudget, call_again
-from fastrl.rewards import Scorer, TextDecoder, adjust_scores, reward_models, score_metrics
+from fastrl.rewards import Scorer, TextDecoder, reward_models, score_metrics
 from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import (
     Progress,
@@ -43,6 +42,7 @@ from fastrl.trainers.old_logprobs import (
     update_logprobs,
     warn_of_gap,
 )
+from fastrl.trainers.ppo_advantages import compute_advantages, greedy_sampling
 from fastrl.trainers.ppo_checks import (
     check_models,
     check_rollout_finite,
@@ -61,7 +61,7 @@ from fastrl.trainers.ppo_trunks import (
     reference_part,
     resident_parts,
 )
-from fastrl.trainers.ppo_update import PPOBatch, batch_metrics, unpack_sequences
+from fastrl.trainers.ppo_update import PPOBatch, batch_metrics, unpack_sequences, used_scores
 from fastrl.trainers.ppo_weights import KeptWeights
 from fastrl.types import Prompt, Rollout, TokenExample
 
@@ -81,7 +81,8 @@ class PPOTrainer:
         policy: Trained in place; the engine samples from these same weights.
         reference: Frozen; KL is measured against it. It must not share weights with the policy.
             None where `config.reference` is "none" or "adapters_off".
-        critic: Trained in place; see `fastrl.trainers.ppo_trunks.initial_critic`.
+        critic: Trained in place; see `fastrl.trainers.ppo_trunks.initial_critic`. None where
+            `config.advantage` asks for none.
         scorer: `scorer(rollout) -> [B]`, one score per response.
         prompts: Drawn by seeded permutations, each prompt once per pass.
         eval_prompts: Held-out prompts; none: no evaluation and no best weights.
@@ -100,7 +101,7 @@ class PPOTrainer:
         config: PPOConfig,
         policy: CausalLM,
         reference: CausalLM | None,
-        critic: ScalarModel,
+        critic: ScalarModel | None,
         scorer: Scorer,
         prompts: Sequence[Prompt],
         *,
@@ -111,14 +112,15 @@ class PPOTrainer:
         encoder: TextDecoder | None = None,
     ) -> None:
         adapt(policy, config)
-        models: dict[str, CausalLM | ScalarModel] = {"policy": policy, "critic": critic}
+        models: dict[str, CausalLM | ScalarModel] = {"policy": policy}
+        if critic is not None:
+            models["critic"] = critic.eval()
         if reference is not None:
             models["reference"] = reference.eval().requires_grad_(False)
         models |= reward_models(scorer)
-        own_weights = critic_weights(config, critic)
+        check_settings(config, policy, reference, critic, ptx)
         check_trunk(config, policy, critic, scorer)
-        check_models(models, own_weights)
-        check_settings(config, policy, reference, ptx)
+        check_models(models, critic_weights(config, critic))
         self.prompts = fit_prompts(prompts, config, models, "prompts")
         self.num_dropped_prompts = len(prompts) - len(self.prompts)
         held_out = fit_prompts(eval_prompts, config, models, "eval_prompts") if eval_prompts else []
@@ -127,18 +129,19 @@ class PPOTrainer:
         weights = [weight for model in models.values() for weight in tensors_of(model)]
         self.memory = MemoryWatch(plan, policy.lm_head.weight.device, weights, run)
         self.config, self.scorer, self.run = config, scorer, run
-        self.policy, self.critic = policy.eval(), critic.eval()
+        self.policy, self.critic = policy.eval(), critic
         self.reference = (without_adapters(policy) if config.reference == "adapters_off"
                           else reference)
-        for model in (policy, critic):
-            prepare_backbone(model, config)
+        for name in ("policy", "critic"):
+            if name in models:
+                prepare_backbone(models[name], config)
         self.budget = TokenBudget(config)
         self.passes = PassBudget(config.max_tokens_per_microbatch)
         self.engine = Engine(policy, config.engine, encoder=encoder)
         if config.engine.exact:
             warn_of_failures(policy)
         self.residents = Residents(
-            resident_parts(config, models, critic),
+            resident_parts(config, models),
             plan.parks, policy.lm_head.weight.device, folder=None if run is None else run.path,
             # A CPU's parked files are read from its own memory: nothing to gain by reading ahead.
             spare_bytes=plan.spare() if weights[0].is_cuda else None)
@@ -146,14 +149,11 @@ class PPOTrainer:
             self.weights = KeptWeights(policy, config)
             self.policy_learner = PolicyLearner(
                 config, policy, self.weights, self.budget, ptx=ptx,
-                value_head=critic.head if config.critic_trunk == "policy" else None)
+                value_head=critic.head if critic and config.critic_trunk == "policy" else None)
         self.residents.parts |= {
             "policy_optimizer": lambda: self.policy_learner.optimizer.state_dict().values(),
             "ema": self.weights.averages}
-        with self.residents.phase("critic_update"):
-            self.critic_learner = CriticLearner(config, critic, own_weights, self.budget)
-        self.residents.parts["critic_optimizer"] = (
-            lambda: self.critic_learner.optimizer.state_dict().values())
+        self.critic_learner = None if critic is None else self._critic_learner(config, critic)
         self.evaluation = Evaluation(
             config, self.engine, policy, self.reference, scorer, self.weights, self.residents,
             self.eval_prompts, eval_ptx, run, encoder, self.passes)
@@ -163,6 +163,13 @@ class PPOTrainer:
         self.num_recomputed = 0
         self.score_std: float | None = None
         self.stop_reason: str | None = None
+
+    def _critic_learner(self, config: PPOConfig, critic: ScalarModel) -> CriticLearner:
+        """The critic's steps, their optimiser among the residents."""
+        with self.residents.phase("critic_update"):
+            learner = CriticLearner(config, critic, critic_weights(config, critic), self.budget)
+        self.residents.parts["critic_optimizer"] = lambda: learner.optimizer.state_dict().values()
+        return learner
 
     @property
     def num_steps(self) -> int:
@@ -222,6 +229,9 @@ class PPOTrainer:
             seed=derive_seed(config.seed, "rollout", self.iteration),
             num_samples_per_prompt=config.num_samples_per_prompt,
         ), "rollout")
+        greedy = None if config.advantage != "remax" else compute(
+            lambda: self.engine.generate(prompts, greedy_sampling(config), seed=config.seed),
+            "rollout")
         self.engine.release_memory()
 
         # evaluate
@@ -231,16 +241,22 @@ class PPOTrainer:
         if self.reference is not None:
             ref_logprobs = compute(partial(update_logprobs, self.reference, rollout, config,
                                            self.passes), "scoring", reference_part(config))
-        values, raw_scores, critic_states = compute(lambda: read_critic(
-            config, self.critic, self.scorer, rollout, self.passes,
-            trunk_stands_still=not self._trains_jointly,
-        ), "scoring", *SCORING_PARTS[config.critic_trunk])
+        values = raw_scores = critic_states = greedy_scores = None
+        if self.critic is not None:
+            values, raw_scores, critic_states = compute(partial(
+                read_critic, config, self.critic, self.scorer, rollout, self.passes,
+                trunk_stands_still=not self._trains_jointly,
+            ), "scoring", *SCORING_PARTS[config.critic_trunk])
+        if greedy is not None:
+            greedy_scores = compute(partial(self.scorer, greedy), "scoring", "reward_model")
+            check_rollout_finite(self.iteration, greedy, scores=greedy_scores)
+            greedy_scores = used_scores(greedy_scores, greedy, config)
         if raw_scores is None:
-            raw_scores = compute(lambda: self.scorer(rollout), "scoring", "reward_model")
+            raw_scores = compute(partial(self.scorer, rollout), "scoring", "reward_model")
 
         # reward, advantages
         batch, metrics = call_again(lambda: self._judge(
-            rollout, old_logprobs, ref_logprobs, values, raw_scores, critic_states,
+            rollout, old_logprobs, ref_logprobs, values, raw_scores, greedy_scores, critic_states,
         ), *self._sizes("rewards and advantages"))
         metrics |= gap_metrics
 
@@ -266,8 +282,9 @@ class PPOTrainer:
         return metrics
 
     def _judge(
-        self, rollout: Rollout, old_logprobs: Tensor, ref_logprobs: Tensor | None, values: Tensor,
-        raw_scores: Tensor, critic_states: list[Tensor] | None,
+        self, rollout: Rollout, old_logprobs: Tensor, ref_logprobs: Tensor | None,
+        values: Tensor | None, raw_scores: Tensor, greedy_scores: Tensor | None,
+        critic_states: list[Tensor] | None,
     ) -> tuple[PPOBatch, dict[str, float]]:
         """What is learned from, and what is known of it before."""
         config = self.config
@@ -276,25 +293,27 @@ class PPOTrainer:
 
         # reward
         warn_if_none_stopped(self.iteration, rollout, config)
-        scores = adjust_scores(raw_scores, rollout.finish_reasons, clip=config.reward_clip,
-                               missing_eos_penalty=config.missing_eos_penalty)
+        scores, kl_coef = used_scores(raw_scores, rollout, config), self.kl_controller.kl_coef
         rewards, kl_estimates = shape_rewards(
             scores, old_logprobs, old_logprobs if ref_logprobs is None else ref_logprobs,
-            rollout.response_mask, kl_coef=self.kl_controller.kl_coef,
+            rollout.response_mask, kl_coef=kl_coef if config.kl_in == "reward" else 0.0,
             estimator=config.kl_estimator, return_estimates=True)
 
         # advantages
-        advantages, returns = gae(
-            rewards, values, rollout.response_mask, gamma=config.gamma, lam=config.lam,
-            whiten_rewards=config.whiten_rewards, whiten_advantages=config.whiten_advantages,
-        )
+        raw_advantages, returns = compute_advantages(
+            config, rewards, scores, rollout.response_mask, values=values,
+            greedy_scores=greedy_scores)
+        advantages = raw_advantages
+        if config.whitens_advantages:
+            advantages = whiten(raw_advantages, rollout.response_mask)
         batch = PPOBatch(
             rollout=rollout, sequences=unpack_sequences(rollout), old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs, kl_estimates=None if ref_logprobs is None else kl_estimates,
             values=values, raw_scores=raw_scores, scores=scores, rewards=rewards,
-            advantages=advantages, returns=returns, critic_states=critic_states,
+            raw_advantages=raw_advantages, advantages=advantages, returns=returns,
+            kl_coef=kl_coef, critic_states=critic_states,
         )
-        return batch, (batch_metrics(batch) | score_metrics(self.scorer)
+        return batch, (batch_metrics(batch, config) | score_metrics(self.scorer)
                        | self._coefficient_metrics(raw_scores))
 
     def _compute(
@@ -375,7 +394,7 @@ class PPOTrainer:
             if self._trains_policy:
                 metrics, num_steps = self.policy_learner.learn(batch, order, self.iteration)
                 order = order[:num_steps]
-        if not self._trains_jointly:
+        if self.critic_learner is not None and not self._trains_jointly:
             with self._phase(timer, "critic_update"):
                 metrics |= self.critic_learner.learn(batch, order, self.iteration)
         return metrics | self.budget.metrics() | {"update/num_minibatches": float(len(order))}

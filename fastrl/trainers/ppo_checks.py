@@ -35,7 +35,8 @@ def check_models(
     vocab_size = models["policy"].spec.vocab_size
     weights: dict[str, Sequence[Tensor]] = {
         name: list(model.parameters()) for name, model in models.items()}
-    weights["critic"] = critic_weights
+    if "critic" in models:
+        weights["critic"] = critic_weights
     trained = {id(p): name for name, own in (("policy", trained_parameters(models["policy"])),
                                              ("critic", critic_weights)) for p in own}
     for name, model in models.items():
@@ -54,12 +55,13 @@ def check_models(
 
 
 def check_settings(
-    config: PPOConfig, policy: CausalLM, reference: CausalLM | None, ptx: Sequence[TokenExample]
+    config: PPOConfig, policy: CausalLM, reference: CausalLM | None, critic: ScalarModel | None,
+    ptx: Sequence[TokenExample],
 ) -> None:
     """Refuse settings that cannot work with these models and data.
 
     Raises:
-        ConfigError: when a reference is missing, or one is given for nothing; when ptx is on
+        ConfigError: when a reference or a critic is missing, or given for nothing; when ptx is on
             without text, or no response could ever stop although responses that do not stop get a
             penalty instead of their score.
     """
@@ -68,6 +70,12 @@ def check_settings(
             f"reference: expected {'None' if config.reference != 'copy' else 'a model'} for "
             f"reference {config.reference!r}, got {'None' if reference is None else 'a model'}; "
             f"pass the other, or change reference"
+        )
+    if config.has_critic == (critic is None):
+        raise ConfigError(
+            f"critic: expected {'a model' if config.has_critic else 'None'} for advantage "
+            f"{config.advantage!r}, got {'None' if critic is None else 'a model'}; pass the other, "
+            f"or change advantage"
         )
     if config.ptx_coef > 0 and (not ptx or round(config.ptx_ratio * config.minibatch_size) < 1):
         raise ConfigError(

@@ -25,7 +25,7 @@ def plan_trainer(
     scoring = [shape for name, shape in shapes.items() if name.startswith("reward model")]
     longest = max(len(p.token_ids) for p in prompts) + config.sampling.max_new_tokens
     plan = plan_ppo(
-        config, shapes["policy"], device, critic=shapes["critic"],
+        config, shapes["policy"], device, critic=shapes.get("critic"),
         reward_model=joined(scoring) if scoring else None, reference=shapes.get("reference"),
         has_reward_model=bool(scoring), longest=longest)
     return plan, fitted(config, plan, device.type)

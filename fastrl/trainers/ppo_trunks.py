@@ -78,20 +78,24 @@ def _trainable(critic: ScalarModel, config: PPOConfig) -> ScalarModel:
     return critic
 
 
-def critic_weights(config: PPOConfig, critic: ScalarModel) -> list[nn.Parameter]:
+def critic_weights(config: PPOConfig, critic: ScalarModel | None) -> list[nn.Parameter]:
     """The weights that are the critic's alone: all that it trains, or those of its head."""
+    if critic is None:
+        return []
     return (trained_parameters(critic) if config.critic_trunk == "own"
             else list(critic.head.parameters()))
 
 
 def check_trunk(
-    config: PPOConfig, policy: CausalLM, critic: ScalarModel, scorer: Scorer
+    config: PPOConfig, policy: CausalLM, critic: ScalarModel | None, scorer: Scorer
 ) -> None:
     """Refuse a critic that does not lie on the trunk that the config names.
 
     Raises:
         ConfigError: says which model the critic has to be made from.
     """
+    if critic is None:
+        return
     if config.critic_trunk == "policy" and critic.backbone is not policy.backbone:
         raise ConfigError(
             "critic_trunk: expected a critic on the policy's own trunk for 'policy', got one with "
@@ -108,23 +112,25 @@ def check_trunk(
 
 
 def resident_parts(
-    config: PPOConfig, models: Mapping[str, CausalLM | ScalarModel], critic: ScalarModel
+    config: PPOConfig, models: Mapping[str, CausalLM | ScalarModel]
 ) -> dict[str, ListTensors]:
     """What each resident's tensors are; a shared trunk belongs to the model that brought it.
 
     The value head is the critic's, and on the policy's trunk also the policy's, which trains it.
 
     Args:
-        models: By name, the critic among them.
+        models: By name.
     """
     modules: dict[str, list[nn.Module]] = {}
     for name, model in models.items():
         part = "reward_model" if name.startswith("reward model") else name
         modules.setdefault(part, []).append(model)
-    if config.critic_trunk != "own":
+    critic = models.get("critic")
+    if critic is not None and config.critic_trunk != "own":
+        assert isinstance(critic, ScalarModel)
         modules["critic"] = [critic.head]
-    if config.critic_trunk == "policy":
-        modules["policy"] += [critic.head]
+        if config.critic_trunk == "policy":
+            modules["policy"] += [critic.head]
 
     def tensors_in(name: str) -> list[Tensor]:
         return [tensor for module in modules[name] for tensor in tensors_of(module)]

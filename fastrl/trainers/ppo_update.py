@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from fastrl.ops import (
 from fastrl.packing import predict_rows
 from fastrl.rewards import adjust_scores
 from fastrl.trainers.common import accumulate, packed_forward
+from fastrl.trainers.ppo_advantages import response_weights
 from fastrl.types import Rollout
 
 
@@ -38,18 +40,22 @@ class PPOBatch:
     """[B, T], of the frozen reference; None without one."""
     kl_estimates: tuple[Tensor, Tensor, Tensor] | None
     """k1, k2, k3, [B, T] each, of KL(policy || reference); None without a reference."""
-    values: Tensor
-    """[B, T], of the critic, before each response token."""
+    values: Tensor | None
+    """[B, T], of the critic, before each response token; None without one."""
     raw_scores: Tensor
     """[B], as the scorer gave them."""
     scores: Tensor
     """[B], clipped, and replaced where a response did not stop."""
     rewards: Tensor
-    """[B, T], KL on every token, score on the last."""
+    """[B, T], score on the last token, and KL on every one where it is in the reward."""
+    raw_advantages: Tensor
+    """[B, T], before whitening."""
     advantages: Tensor
     """[B, T], whitened where the config says so."""
-    returns: Tensor
+    returns: Tensor | None
     """[B, T], targets of the critic."""
+    kl_coef: float
+    """beta of this iteration."""
     critic_states: list[Tensor] | None = None
     """B tensors [T_i, D] that `values` were read from, where the trunk under the critic is left
     alone by its update."""
@@ -118,6 +124,7 @@ def backward_policy(
     """
     denominator = int(batch.rollout.response_lens[rows].sum())
     temperature = config.sampling.temperature
+    weights = response_weights(config, batch.rollout.response_lens, rows)
     parts: list[PolicyStats] = []
     value_parts: list[ValueStats] = []
     ratios: list[Tensor] = []
@@ -130,8 +137,12 @@ def backward_policy(
         loss, stats = policy.lm_head(
             hidden, linear_policy_loss, token_ids, batch.old_logprobs[taken][mask],
             batch.advantages[taken][mask], torch.ones_like(token_ids, dtype=torch.bool),
-            denominator=denominator, clip_range=config.clip_range, temperature=temperature,
-            entropy_coef=config.entropy_coef,
+            denominator=denominator, clip_range=config.clip_range,
+            clip_range_high=config.clip_range_high, dual_clip=config.dual_clip,
+            temperature=temperature, entropy_coef=config.entropy_coef,
+            token_weights=None if weights is None else weights[part].repeat_interleave(
+                mask.sum(dim=1)).to(hidden.device, torch.float32),
+            **_kl_in_loss(batch, taken, config),
         )
         parts.append(stats)
         if measures_ratio:
@@ -159,11 +170,21 @@ def backward_policy(
     return metrics | _value_metrics(value_parts)
 
 
+def _kl_in_loss(batch: PPOBatch, taken: list[int], config: PPOConfig) -> dict[str, Any]:
+    """What the policy loss is told of the KL to the reference; nothing where it is in the reward.
+    """
+    if config.kl_in == "reward" or batch.ref_logprobs is None or batch.kl_coef == 0:
+        return {}
+    return {"ref_logprobs": batch.ref_logprobs[taken][batch.mask[taken]],
+            "kl_coef": batch.kl_coef, "kl_estimator": config.kl_estimator}
+
+
 def _value_share(
     values: Tensor, batch: PPOBatch, taken: list[int], denominator: int, config: PPOConfig,
     parts: list[ValueStats],
 ) -> Tensor:
     """value_coef times the value loss of the values [M] of some responses; adds its statistics."""
+    assert batch.values is not None and batch.returns is not None  # there is a critic
     mask = batch.mask[taken]
     loss, stats = value_loss(
         values, batch.values[taken][mask], batch.returns[taken][mask],
@@ -229,22 +250,41 @@ def response_metrics(
     }
 
 
-def batch_metrics(batch: PPOBatch) -> dict[str, float]:
+def used_scores(raw_scores: Tensor, rollout: Rollout, config: PPOConfig) -> Tensor:
+    """Scores [B] as PPO uses them: clipped, and replaced where a response did not stop."""
+    return adjust_scores(raw_scores, rollout.finish_reasons, clip=config.reward_clip,
+                         missing_eos_penalty=config.missing_eos_penalty)
+
+
+def batch_metrics(batch: PPOBatch, config: PPOConfig) -> dict[str, float]:
     """What an iteration knows before it learns."""
-    mask, returns = batch.mask, batch.returns[batch.mask].double()
-    residuals = returns - batch.values[mask].double()  # the advantages before whitening
-    variance = float(returns.var(correction=0))
-    return {
+    metrics = {
         **response_metrics(batch.rollout, batch.kl_estimates, batch.raw_scores),
         "reward/used_score_mean": float(batch.scores.mean()),
         "reward/total_mean": float(batch.rewards.sum(dim=1).mean()),
-        "value/mean": float(masked_mean(batch.values, mask)),
+        "advantage/std": float(batch.raw_advantages[batch.mask].double().std(correction=0)),
+    }
+    if config.num_samples_per_prompt > 1:
+        groups = batch.scores.reshape(-1, config.num_samples_per_prompt)
+        is_equal = (groups == groups[:, :1]).all(dim=1)
+        metrics["reward/equal_group_share"] = float(is_equal.double().mean())
+    return metrics | _critic_metrics(batch)
+
+
+def _critic_metrics(batch: PPOBatch) -> dict[str, float]:
+    """How well the critic predicted; empty without one."""
+    if batch.values is None or batch.returns is None:
+        return {}
+    returns = batch.returns[batch.mask].double()
+    residuals = returns - batch.values[batch.mask].double()
+    variance = float(returns.var(correction=0))
+    return {
+        "value/mean": float(masked_mean(batch.values, batch.mask)),
         "value/return_mean": float(returns.mean()),
         "value/return_std": variance ** 0.5,
         # Equal returns leave nothing to explain.
         "value/explained_variance":
             1 - float(residuals.square().mean()) / variance if variance > 0 else 0.0,
-        "advantage/std": float(residuals.std(correction=0)),
     }
 
 
@@ -259,9 +299,8 @@ def eval_metrics(
     estimates = None if ref_logprobs is None else kl_estimate(
         rollout.rollout_logprobs, ref_logprobs, rollout.response_mask)
     metrics = response_metrics(rollout, estimates, raw_scores)
-    scores = adjust_scores(raw_scores, rollout.finish_reasons, clip=config.reward_clip,
-                           missing_eos_penalty=config.missing_eos_penalty)
-    objective = float(scores.mean()) - config.kl_coef * metrics.get("kl/policy_ref", 0.0)
+    objective = (float(used_scores(raw_scores, rollout, config).mean())
+                 - config.kl_coef * metrics.get("kl/policy_ref", 0.0))
     return {"eval/objective": objective,
             **{f"eval/{name.replace('/', '_')}": value for name, value in metrics.items()}}
 

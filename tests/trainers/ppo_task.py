@@ -63,10 +63,14 @@ def make_trainer(
     **settings: Any,
 ) -> PPOTrainer:
     """A trainer of the tiny task; `inputs` are PPOTrainer's keyword arguments."""
-    policy = policy or tiny_model()
-    return PPOTrainer(
-        PPOConfig(**{**SETTINGS, **settings}), policy, reference or copy.deepcopy(policy),
-        critic or tiny_critic(policy), scorer, prompts, **(inputs or {}))
+    policy, given = policy or tiny_model(), {**SETTINGS, **settings}
+    if given.get("advantage", "gae") != "gae" and "critic_learning_rate" not in settings:
+        del given["critic_learning_rate"]
+    config = PPOConfig(**given)
+    if critic is None and config.has_critic:
+        critic = tiny_critic(policy)
+    return PPOTrainer(config, policy, reference or copy.deepcopy(policy), critic, scorer, prompts,
+                      **(inputs or {}))
 
 
 def weights_of(model: torch.nn.Module) -> list[Tensor]:
@@ -95,15 +99,16 @@ def catch_batch(trainer: PPOTrainer) -> PPOBatch:
 def catch_gradients(trainer: PPOTrainer) -> list[dict[str, list[Tensor]]]:
     """From now on, copies of all gradients at every optimiser step; weights stay as they are."""
     steps: list[dict[str, list[Tensor]]] = []
-    for name, model, optimizer in (
-        ("policy", trainer.policy, trainer.policy_learner.optimizer),
-        ("critic", trainer.critic, trainer.critic_learner.optimizer),
-    ):
+    for name in ("policy", "critic"):
+        model, learner = getattr(trainer, name), getattr(trainer, f"{name}_learner")
+        if learner is None:
+            continue
+
         def record(learning_rate: float, scale: Tensor | None, name: str = name,
                    model: Any = model) -> None:
             factor = 1.0 if scale is None else scale
             steps.append({name: [torch.zeros_like(p) if p.grad is None else factor * p.grad
                                  for p in model.parameters()]})
 
-        optimizer.step = record  # type: ignore[method-assign]
+        learner.optimizer.step = record
     return steps

@@ -202,7 +202,8 @@ def test_metrics_of_a_batch(task: SimpleNamespace) -> None:
         values=torch.tensor([[1.0, 2.0], [3.0, 0.0]]),
         returns=torch.tensor([[1.0, 4.0], [4.0, 0.0]]),
         rewards=torch.tensor([[0.1, 0.5], [-0.2, 0.0]]),
-        raw_scores=torch.tensor([1.0, 3.0]), scores=torch.tensor([-1.0, 3.0])))
+        raw_advantages=torch.tensor([[0.0, 2.0], [1.0, 9.0]]),
+        raw_scores=torch.tensor([1.0, 3.0]), scores=torch.tensor([-1.0, 3.0])), PPOConfig())
     assert metrics == {name: pytest.approx(value, abs=1e-6) for name, value in {
         "reward/score_mean": 2.0, "reward/score_std": 1.0, "reward/used_score_mean": 1.0,
         "reward/total_mean": 0.2, "kl/policy_ref": 0.25,
