@@ -66,7 +66,7 @@ def interpreter(provider: str) -> Path | None:
 
 
 def run(provider: str, workload: Path, models: Path, threads: int,
-        rollout: Path | None = None) -> dict[str, Any]:
+        rollout: Path | None = None, task: str = "ppo") -> dict[str, Any]:
     """What a provider's process measured.
 
     Raises:
@@ -76,7 +76,7 @@ def run(provider: str, workload: Path, models: Path, threads: int,
     assert python is not None
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
-        command = [str(python), str(PEERS / f"{provider}_ppo.py"), "--workload", str(workload),
+        command = [str(python), str(PEERS / f"{provider}_{task}.py"), "--workload", str(workload),
                    "--models", str(models), "--out", str(out), "--threads", str(threads)]
         if rollout is not None:
             command += ["--rollout", str(rollout)]

@@ -3,7 +3,8 @@
 A generation and a training step of a random llama; batch, sequence length, vocabulary and number of
 layers are doubled one by one. The sizes of an axis take turns, so that another load meets all of
 them, and a doubling is the median of the turns' ratios. It may be 10% above twice, or above what
-the operations of attention add (`benchmarks/work.py`), which grow with the square of the length.
+attention adds, whose operations and cached bytes grow with the square of the length
+(`benchmarks/work.py`).
 """
 
 import statistics
@@ -95,10 +96,11 @@ WORKLOADS: dict[str, Callable[[Sizes], Call]] = {
 
 
 def limit(workload: str, smaller: Sizes, larger: Sizes) -> float:
-    """How many times as long the larger may take: SLACK times two, or times its operations."""
+    """How many times as long the larger may take: SLACK times two, its operations or its bytes.
+    """
     below, above = (s.work(workload) for s in (smaller, larger))
-    ratio = ((above.products + above.decode_products) / (below.products + below.decode_products))
-    return SLACK * max(2.0, ratio)
+    operations = (above.products + above.decode_products) / (below.products + below.decode_products)
+    return SLACK * max(2.0, operations, above.bytes / below.bytes)
 
 
 def measure_axis(workload: str, axis: str, base: Sizes, rounds: int) -> list[Row]:

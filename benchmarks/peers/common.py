@@ -40,6 +40,12 @@ def prompts(workload: dict[str, Any]) -> list[list[int]]:
              for _ in range(workload["prompt_tokens"])] for _ in range(workload["num_prompts"])]
 
 
+def read_rows(models: Path) -> list[dict[str, list[int]]]:
+    """Token ids of the demonstrations or comparisons, in the order in which they are trained on."""
+    rows: list[dict[str, list[int]]] = json.loads((models / "rows.json").read_text("utf-8"))
+    return rows
+
+
 def peak_bytes() -> int:
     """Most memory that the process has had in use."""
     status = Path("/proc/self/status")

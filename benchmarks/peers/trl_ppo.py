@@ -9,7 +9,6 @@ minibatch, logits of all 64 responses at once, as its defaults have it.
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -19,37 +18,9 @@ import transformers
 import trl
 from common import Clock, arguments, prompts, read_workload
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
-
-
-class Stopwatch(TrainerCallback):
-    """Stops the clock after every iteration."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """The first iteration begins."""
-        self.clock.start()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """An iteration is done."""
-        self.clock.stop()
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Special tokens are all that the trainer reads of it."""
-    words = Tokenizer(WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>",
-                                   eos_token="</s>", padding_side="left")
+from trl_common import Stopwatch, tokenizer
 
 
 def save_first_rollout(path: Path) -> None:

@@ -15,6 +15,15 @@ def test_a_doubling_may_cost_ten_percent_more_and_attention_its_share() -> None:
     for letter in ("B", "V", "L"):
         larger = replace(BASE, **{letter: 2 * getattr(BASE, letter)})
         assert limit("train", BASE, larger) == pytest.approx(2.2, rel=1e-3)
+    # A decode step is bound by bytes: weights once a step (twice the steps), the cache (16 rows,
+    # 1,728 numbers a token) with the square, logits (8,000 a token, written and read) twice.
+    def read(S: int) -> float:
+        steps = S // 2
+        cached = 16 * (steps * steps + steps * (steps - 1) // 2)
+        return 4 * (steps * (2_985_984 + 2_304_000) + cached * 1728) + 8 * 16 * steps * 8000
+
+    assert limit("generate", Sizes(S=256), Sizes(S=512)) == pytest.approx(
+        1.1 * read(512) / read(256), rel=1e-6)
     # 288 of width: a token multiplies 2.98M weights of layers and 2.3M of the head, and attends
     # 2 * 3 * 288 numbers for each of (S + 1) / 2 tokens on average.
     def per_token(S: int) -> float:
