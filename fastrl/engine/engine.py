@@ -119,7 +119,8 @@ class Engine:
         requests = call_again(partial(
             new_requests, self.model.spec, prompts, sampling, seed=seed,
             num_samples=num_samples_per_prompt, first_request_id=first_request_id,
-            shares_prompts=self.config.share_prefix, encoder=self.encoder), "generate: seeds")
+            shares_prompts=self.config.share_prefix, encoder=self.encoder),
+            f"generate: seeds for {len(prompts)} prompts", "ask for fewer at a time")
         generation = self._begin(
             requests, one_at_a_time=any(request.text is not None for request in requests))
         self._calls.append(generation)
@@ -139,7 +140,7 @@ class Engine:
                 raise
         self.release_memory()
         return call_again(partial(generation.results.rollout, num_samples_per_prompt),
-                          f"generate: {len(requests)} responses")
+                          f"generate: {len(requests)} responses", "ask for fewer at a time")
 
     def stream(
         self, prompt_ids: Sequence[int], sampling: SamplingConfig | None = None, *, seed: int = 0,
@@ -160,7 +161,7 @@ class Engine:
         requests = call_again(partial(
             new_requests, self.model.spec, [prompt_ids], sampling, seed=seed, num_samples=1,
             first_request_id=request_id, shares_prompts=False, encoder=self.encoder,
-            reads_text=True), "generate: seeds")
+            reads_text=True), "generate: a seed")
         return self._stream(requests[0])
 
     def _stream(self, request: Request) -> Iterator[StreamedToken]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from fastrl.errors import ConfigError
 from fastrl.memory.parking import ParkingPlace
+from fastrl.out_of_memory import call_again
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "rollout": ("policy", "kv_cache"),
@@ -99,7 +101,7 @@ class Residents:
         if name not in NEEDS or not set(parts) <= set(NEEDS[name]):
             raise ConfigError(f"phase: expected one of {NEEDS}, got {name!r} with parts {parts}; "
                               "use these names")
-        self._move(frozenset(parts or NEEDS[name]))
+        call_again(partial(self._move, frozenset(parts or NEEDS[name])), f"residents of {name}")
         step = (name, *parts)
         self._next[self._step] = frozenset(parts or NEEDS[name])
         self._step = step

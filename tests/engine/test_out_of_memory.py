@@ -10,7 +10,6 @@ import torch
 from fastrl.config import EngineConfig, SamplingConfig
 from fastrl.engine import Engine
 from fastrl.engine.cache import KVCache
-from fastrl.engine.request import new_requests
 from fastrl.errors import ConfigError, DeviceMemoryError
 from fastrl.memory.arena import Arena
 from fastrl.models import CausalLM, DecoderConfig, new_decoder
@@ -49,17 +48,17 @@ SIZES = {"roomy": {}, "short": {"num_pages": 8, "page_size": 4, "max_batch_size"
 
 def _failures(model: CausalLM, sizes: dict[str, Any], stride: int) -> None:
     """One allocation in `stride` fails, each in a call of its own; responses keep their bits."""
-    expected = _generate(model, **sizes)
-    with FailingAllocations(lambda number: False) as seeds:  # numbers of the host, 8 bytes each
-        Engine(model)
-        new_requests(model.spec, PROMPTS, SAMPLING, seed=2, num_samples=2, first_request_id=0,
-                     shares_prompts=True, encoder=None)
-    with FailingAllocations(lambda number: False) as counted:
-        _generate(model, **sizes)
+    def call(failing: Any) -> Rollout:
+        engine = Engine(model, EngineConfig(**sizes))
+        with failing:
+            return engine.generate(PROMPTS, SAMPLING, seed=2, num_samples_per_prompt=2)
+
+    counted = FailingAllocations(lambda number: False)
+    expected = call(counted)
     assert counted.count > 1000
-    for n in sorted({*range(seeds.count, counted.count, stride), counted.count - 20}):
-        with FailingAllocations(lambda number, n=n: number == n) as failing:
-            got = _generate(model, **sizes)
+    for n in sorted({*range(0, counted.count, stride), counted.count - 20}):
+        failing = FailingAllocations.at(n)
+        got = call(failing)
         assert failing.count > n
         _assert_same_bits(expected, got)
 
@@ -77,6 +76,42 @@ def test_every_allocation_of_a_call_may_fail(
     model: CausalLM, kind: str, pages_checked_after_every_step: None
 ) -> None:
     _failures(model, SIZES[kind], 1)
+
+
+def test_cancelling_takes_no_memory(model: CausalLM) -> None:
+    """So that nothing fails where a caller ends responses; the next step drops their rows."""
+    expected, engine, counts = _generate(model), Engine(model), list[int]()
+
+    def cancel(num_tokens: int, num_finished: int, total: int) -> None:
+        if not counts and num_tokens > 6:
+            with FailingAllocations(lambda number: False) as counted:
+                engine.cancel([0, 3])
+            counts.append(counted.count)
+
+    got = engine.generate(PROMPTS, SAMPLING, seed=2, num_samples_per_prompt=2, on_progress=cancel)
+    assert counts == [0] and [got.finish_reasons[row] for row in (0, 3)] == ["cancelled"] * 2
+    for row in (1, 2, 4, 5):
+        assert got.response(row) == expected.response(row)
+
+
+def test_any_allocation_of_new_weights_within_a_call_may_fail(model: CausalLM) -> None:
+    def call(n: int) -> tuple[Rollout, int]:
+        """A call in whose midst new weights are told of; allocation n of that fails."""
+        engine, counts = Engine(model), list[int]()
+
+        def change(num_tokens: int, num_finished: int, total: int) -> None:
+            if not counts:
+                with FailingAllocations(lambda number: number == n) as failing:
+                    engine.weights_changed()
+                counts.append(failing.count)
+
+        return engine.generate(PROMPTS, SAMPLING, seed=2, num_samples_per_prompt=2,
+                               on_progress=change), counts[0]
+
+    expected, count = call(-1)
+    assert count > 5
+    for n in range(count):
+        _assert_same_bits(expected, call(n)[0])
 
 
 def test_what_was_lowered_stays_lowered(
