@@ -1,5 +1,5 @@
-"""The command line: `fastrl demo | sft | reward | ppo | dpo | best_of_n | run | generate | chat |
-merge | plan | doctor`.
+"""The command line: `fastrl demo | sft | reward | ppo | grpo | rloo | dpo | best_of_n | run |
+generate | chat | merge | plan | doctor`.
 
 Options come from the config dataclasses (`fastrl.options`). Nothing heavy is imported before the
 command line is known to be right, so that help and mistakes answer at once.
@@ -29,6 +29,8 @@ COMMANDS: dict[str, str] = {
     "sft": "Fine-tune a model on demonstrations",
     "reward": "Train a reward model on rankings",
     "ppo": "Optimise a model against a reward model, with PPO or PPO-ptx",
+    "grpo": "Optimise a model with GRPO: groups of responses in place of a critic",
+    "rloo": "Optimise a model with RLOO: each response against the others to its prompt",
     "dpo": "Optimise a model on rankings directly, with DPO or IPO",
     "best_of_n": "Sample n completions per prompt and keep the best, as demonstrations",
     "run": "Run the stages of a recipe, skipping those that are finished",
@@ -39,7 +41,7 @@ COMMANDS: dict[str, str] = {
     "doctor": "Say what this machine can run, and try it",
 }
 
-PLANNED = ("pretrain", "sft", "reward", "ppo", "dpo")
+PLANNED = ("pretrain", "sft", "reward", "ppo", "grpo", "rloo", "dpo")
 """Stages that `fastrl plan` knows."""
 
 

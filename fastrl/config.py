@@ -500,7 +500,9 @@ class PPOConfig(TrainConfig):
 
     def _check_advantage(self) -> None:
         """Refuse settings that contradict the advantage or the place of the KL."""
-        known = get_args(Advantage)
+        # That of the class: a preset allows fewer.
+        known = get_args(next(field.type for field in dataclasses.fields(self)
+                              if field.name == "advantage"))
         check(self.advantage in known, "advantage", f"one of {', '.join(known)}", self.advantage)
         for name, choices in (("kl_in", ("reward", "loss")),
                               ("loss_mean", ("token", "sequence", "group", "constant"))):

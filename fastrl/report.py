@@ -15,7 +15,7 @@ from fastrl.report_html import card, details, figure, page, paragraph, section, 
 from fastrl.report_svg import Interval, interval_plot
 
 KIND_TITLES = {"pretrain": "Pretraining", "sft": "Supervised fine-tuning",
-               "reward": "Reward model", "ppo": "PPO", "dpo": "DPO",
+               "reward": "Reward model", "ppo": "PPO", "grpo": "GRPO", "rloo": "RLOO", "dpo": "DPO",
                "best_of_n": "Best of n"}
 """Kinds whose metrics are plotted, in the order of the page."""
 
@@ -23,7 +23,7 @@ MAX_BYTES = 1_000_000
 """Larger pages are made again with fewer points, shorter samples and fewer of them."""
 
 _MAX_POINTS, _MAX_SAMPLE_ROWS, _MAX_SAMPLE_CHARACTERS = 240, 24, 1500
-_COMMAND_KINDS = ("sft", "reward", "ppo", "dpo", "best_of_n")
+_COMMAND_KINDS = ("sft", "reward", "ppo", "grpo", "rloo", "dpo", "best_of_n")
 
 
 def write_report(run_dir: Path) -> Path:

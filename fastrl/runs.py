@@ -17,6 +17,7 @@ from fastrl.config import (
     SFTConfig,
     check,
 )
+from fastrl.presets import GRPOConfig, RLOOConfig
 from fastrl.reward_settings import BestOfNRun, RewardPart, join_parts
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
@@ -352,6 +353,16 @@ class PPORun(PPOConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GRPORun(GRPOConfig, PPORun):
+    """GRPO of a model folder against rewards: `PPORun` with the defaults of GRPO."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RLOORun(RLOOConfig, PPORun):
+    """RLOO of a model folder against rewards: `PPORun` with the defaults of RLOO."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DPORun(DPOConfig):
     """DPO or IPO of a model folder on ranking files."""
 
@@ -463,6 +474,8 @@ RUN_TYPES: dict[str, type[StageRun]] = {
     "reward": RewardRun,
     "select": SelectRun,
     "ppo": PPORun,
+    "grpo": GRPORun,
+    "rloo": RLOORun,
     "dpo": DPORun,
     "best_of_n": BestOfNRun,
     "evaluate": EvaluateRun,

@@ -29,6 +29,8 @@ _STAGES: dict[str, Callable[..., None]] = {
     "reward": reward,
     "select": select,
     "ppo": ppo,
+    "grpo": ppo,
+    "rloo": ppo,
     "dpo": dpo,
     "best_of_n": best_of_n,
     "evaluate": evaluate,

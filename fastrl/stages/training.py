@@ -231,7 +231,7 @@ def ppo(run: PPORun, open_folder: OpenFolder, console: Console) -> None:
             if (folder.path / name).exists():
                 encoder.save(folder.path / name)
         folder.finish({"ended": reason, "iterations": trainer.iteration})
-    console.print(f"ppo: {reason}")
+    console.print(f"{run.output_dir}: {reason}")
 
 
 def _train_or_save(trainer: PPOTrainer, progress: Progress, folder: RunFolder,

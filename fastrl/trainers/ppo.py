@@ -195,7 +195,7 @@ class PPOTrainer:
             chosen = self.weights.load_chosen()
         self.engine.weights_changed()
         reason = self.stop_reason or f"all {self.num_steps} iterations done"
-        logger.info("PPO ended: %s; weights kept: %s", reason, chosen)
+        logger.info("training ended: %s; weights kept: %s", reason, chosen)
         return reason
 
     def step(self) -> dict[str, float]:
