@@ -19,6 +19,7 @@ from benchmarks.engine_workloads import MODELS, SMALL, random_model
 from benchmarks.results import Row, head, save
 from benchmarks.timing import Timing
 from fastrl.config import EngineConfig, PPOConfig, SamplingConfig
+from fastrl.memory.arena import gpu_peak_bytes
 from fastrl.memory.measure import kernel_bytes
 from fastrl.metrics import PhaseTimer
 from fastrl.models import DecoderConfig, ScalarModel
@@ -104,9 +105,9 @@ def begin_peak(device: torch.device) -> None:
 
 
 def end_peak(device: torch.device) -> int | None:
-    """Of the allocator on a GPU, of the whole process on a CPU; None where the system is silent."""
+    """Of allocator and arenas on a GPU, of the whole process on a CPU; None where nobody says."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return gpu_peak_bytes(device)
     return kernel_bytes(Path("/proc/self/status"), "VmHWM") or None
 
 

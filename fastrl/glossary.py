@@ -192,8 +192,8 @@ GLOSSARY: dict[str, Term] = {
            ("peak", "Most memory in the {} of the first step, in GiB: of PyTorch on a GPU, on a "
                     "CPU of the process above what it had beside the weights before."))},
     "memory/peak_gib": Term(
-        "Most memory in GiB, of the process on a CPU, of PyTorch on a GPU, since the last measured "
-        "phase of the first step began: measuring a phase starts the peak anew.",
+        "Most memory in GiB, of the process on a CPU, of PyTorch and arenas on a GPU, since the "
+        "last measured phase of the first step began: measuring a phase starts the peak anew.",
         ("verl: perf/max_memory_allocated_gb",)),
 }
 

@@ -20,6 +20,7 @@ import yaml
 from fastrl.backends import chosen_backends
 from fastrl.config import to_dict
 from fastrl.errors import ConfigError
+from fastrl.memory.arena import gpu_peak_bytes
 
 TIMING_AREAS = ("time", "throughput", "memory")
 """Areas whose values differ between two equal runs, settings among them left out; they go to
@@ -60,10 +61,10 @@ def write_atomic(path: Path, text: str) -> None:
 def peak_memory_gib(device: torch.device | str) -> float:
     """Most memory since the peak was last started anew (`fastrl.memory.measure`), or so far.
 
-    Of the process on a CPU, of PyTorch's allocator on a GPU.
+    Of the process on a CPU, of PyTorch's allocator and the arenas on a GPU.
     """
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return gpu_peak_bytes(device) / 2**30
     import resource  # absent on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere

@@ -1,10 +1,10 @@
 """Addresses that are reserved once, and memory that lies behind them only while it is needed.
 
-A captured CUDA graph has the addresses of the KV cache in it. The update needs the cache's memory,
-not its addresses: `unmap` gives the memory back and `map` puts other memory behind the same
-addresses. On a GPU this is the driver's virtual memory management (csrc/arena.cpp); with n GiB a
-switch takes 3n + 1 calls of the driver one way and n calls and one wait for the GPU the other. On a
-CPU the system takes pages away (madvise) and gives pages of zeros at the next touch.
+A captured CUDA graph has the addresses of the KV cache and of the weights in it. Other phases need
+their memory, not their addresses: `unmap` gives the memory back and `map` puts other memory behind
+the same addresses. On a GPU this is the driver's virtual memory management (csrc/arena.cpp); with n
+GiB a switch takes 3n + 1 calls of the driver one way and n calls and one wait for the GPU the
+other. On a CPU the system takes pages away (madvise) and gives pages of zeros at the next touch.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ import math
 import mmap
 import weakref
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -31,13 +31,24 @@ class Arena:
         ConfigError: when the size is not positive.
     """
 
+    _live: ClassVar["weakref.WeakSet[Arena]"] = weakref.WeakSet()
+
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         if num_bytes < 1:
             raise ConfigError(f"arena: expected at least one byte, got {num_bytes}")
         self.num_bytes, self.device = num_bytes, device
-        self.is_mapped = False
+        self.mapped_bytes = 0
+        """Of the range, from its beginning on, that have memory."""
+        self.num_storages = 0
+        """Made by `storage` so far."""
         self._range = _range_on(num_bytes, device)
         self._finalizer = weakref.finalize(self, self._range.close)
+        self._live.add(self)
+
+    @property
+    def is_mapped(self) -> bool:
+        """There is memory behind the range, or behind its beginning."""
+        return self.mapped_bytes > 0
 
     @property
     def keeps_addresses(self) -> bool:
@@ -70,6 +81,16 @@ class Arena:
         assert data is not None
         return data[offset:end].view(dtype).view(*shape)
 
+    def storage(self, offset: int, num_bytes: int) -> torch.UntypedStorage:
+        """Bytes of the range as a storage of their own, which has no other tensor's bytes.
+
+        The arena lives as long as the storage does (see `arena_of`). Only where addresses are kept.
+        """
+        storage = self._range.part(offset, num_bytes).untyped_storage()
+        storage.arena = self  # type: ignore[attr-defined]
+        self.num_storages += 1
+        return storage
+
     def map(self, num_bytes: int | None = None) -> None:
         """Put memory behind the range, or behind its first `num_bytes`; nothing if it is mapped.
 
@@ -77,14 +98,15 @@ class Arena:
             torch.OutOfMemoryError: when there is not as much; then nothing is mapped.
         """
         if not self.is_mapped:
-            self._range.map(self.num_bytes if num_bytes is None else num_bytes)
-            self.is_mapped = True
+            num_bytes = self.num_bytes if num_bytes is None else num_bytes
+            self._range.map(num_bytes)
+            self.mapped_bytes = num_bytes
 
     def unmap(self) -> None:
         """Give the memory back once the device is done with it; the content is lost."""
         if self.is_mapped:
             self._range.unmap()
-            self.is_mapped = False
+            self.mapped_bytes = 0
 
     def close(self) -> None:
         """Give back memory and addresses; no tensor of the arena may be used any more."""
@@ -97,18 +119,44 @@ class _Range(Protocol):
 
     data: Tensor | None
 
+    def part(self, offset: int, num_bytes: int) -> Tensor: ...
     def map(self, num_bytes: int) -> None: ...
     def unmap(self) -> None: ...
     def close(self) -> None: ...
 
 
+def arena_of(storage: torch.UntypedStorage) -> Arena | None:
+    """The arena whose `storage` made this one; None: it lies elsewhere."""
+    return getattr(storage, "arena", None)
+
+
+def can_keep_addresses(device: torch.device) -> bool:
+    """Whether an arena on a device keeps its addresses: on a CPU, and on a GPU with virtual memory
+    management and the extension.
+    """
+    return device.type == "cpu" or (
+        device.type == "cuda" and importlib.util.find_spec("fastrl_kernels._C") is not None
+        and _DriverRange.granularity(device) > 0)
+
+
+def mapped_bytes(device: torch.device) -> int:
+    """Memory of a device that arenas hold now and PyTorch's allocator knows nothing of."""
+    return sum(arena.mapped_bytes for arena in Arena._live
+               if arena.device.type == device.type and arena.keeps_addresses)
+
+
+def gpu_peak_bytes(device: torch.device | str) -> int:
+    """Most memory of a GPU since its peak was begun anew: that of PyTorch's allocator, and what
+    arenas hold now, which change only between phases.
+    """
+    return torch.cuda.max_memory_allocated(device) + mapped_bytes(torch.device(device))
+
+
 def _range_on(num_bytes: int, device: torch.device) -> _Range:
     if device.type == "cpu":
         return _HostRange(num_bytes)
-    if device.type == "cuda" and importlib.util.find_spec("fastrl_kernels._C") is not None:
-        granularity = _DriverRange.granularity(device)
-        if granularity:
-            return _DriverRange(num_bytes, device, granularity)
+    if can_keep_addresses(device):
+        return _DriverRange(num_bytes, device, _DriverRange.granularity(device))
     return _AllocatorRange(device)
 
 
@@ -123,6 +171,10 @@ class _HostRange:
             raise torch.OutOfMemoryError(f"arena: the system has no {num_bytes} bytes: {error}") \
                 from error
         self.data: Tensor | None = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def part(self, offset: int, num_bytes: int) -> Tensor:
+        assert self._map is not None
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=num_bytes, offset=offset)
 
     def map(self, num_bytes: int) -> None:
         """Pages come when they are touched."""
@@ -154,6 +206,10 @@ class _DriverRange:
         with torch.cuda.device(device):
             return int(_driver("arena_granularity", torch.cuda.current_device()))
 
+    def part(self, offset: int, num_bytes: int) -> Tensor:
+        part: Tensor = _driver("arena_bytes", self._address + offset, num_bytes, self._index)
+        return part
+
     def map(self, num_bytes: int) -> None:
         size = _round_up(num_bytes, self._granularity)
         with torch.cuda.device(self._device):
@@ -183,6 +239,9 @@ class _AllocatorRange:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.data: Tensor | None = None
+
+    def part(self, offset: int, num_bytes: int) -> Tensor:
+        raise AssertionError("a storage whose address is not kept")
 
     def map(self, num_bytes: int) -> None:
         self.data = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)

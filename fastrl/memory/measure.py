@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastrl.config import PPOConfig, TrainConfig, read_bytes
 from fastrl.errors import ConfigError
+from fastrl.memory.arena import gpu_peak_bytes
 from fastrl.memory.plan import MemoryPlan, gib
 from fastrl.memory.report import describe, headline
 from fastrl.memory.sizes import GIB
@@ -63,8 +64,8 @@ def kernel_bytes(path: Path, name: str) -> int:
 class MemoryWatch:
     """A plan, told before the first step, and the peaks of that step beside it.
 
-    On a GPU a peak is that of PyTorch's allocator; on a CPU the largest resident set, as the kernel
-    keeps it, above what the process had beside its tensors when this was made.
+    On a GPU a peak is that of PyTorch's allocator and of the arenas; on a CPU the largest resident
+    set, as the kernel keeps it, above what the process had beside its tensors when this was made.
 
     Args:
         plan: For this device.
@@ -128,7 +129,7 @@ class MemoryWatch:
 
     def _peak(self) -> int:
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+            return gpu_peak_bytes(self.device)
         return kernel_bytes(Path("/proc/self/status"), "VmHWM") - self._baseline
 
 

@@ -1,8 +1,9 @@
 """Tensors out of the way while nothing needs them: memory is given back, and they stay as they are.
 
 A storage is emptied and filled again, so whatever shares it comes along: tied weights, views, the
-optimiser's references. Gradients are storages of their own and not touched. Bytes are copied, not
-numbers: NaN comes back with its payload.
+optimiser's references. Tensors whose addresses have to stay lie in an arena instead
+(`fastrl.memory.addresses`). Gradients are storages of their own and not touched. Bytes are copied,
+not numbers: NaN comes back with its payload.
 
 From a GPU they go into host memory of exactly their size, registered for fast copies (torch's own
 pinned memory rounds up to powers of two); from the CPU's memory into a memory-mapped file.
@@ -24,6 +25,8 @@ import torch
 from torch import Tensor
 
 from fastrl.errors import ConfigError
+from fastrl.memory.addresses import FixedAddresses
+from fastrl.memory.arena import arena_of, can_keep_addresses
 
 
 def storages_of(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
@@ -41,11 +44,16 @@ class ParkingPlace:
         folder: On a CPU, where the file lies (deleted at once, so that it goes with the process);
             None: the system's folder for temporary files.
         is_constant: The tensors never change, so that they are copied out once only.
+        keeps_addresses: From the first `fetch` on the tensors always come back to where they were;
+            where the device cannot do that, they come back anywhere.
     """
 
     def __init__(self, name: str, device: torch.device, folder: Path | None = None, *,
-                 is_constant: bool = False) -> None:
+                 is_constant: bool = False, keeps_addresses: bool = False) -> None:
         self.name, self.device, self.folder, self.is_constant = name, device, folder, is_constant
+        self._keeps_addresses = keeps_addresses and can_keep_addresses(device)
+        self._addresses: FixedAddresses | None = None
+        """Of what is parked, where that comes back to where it was."""
         self._parked: list[tuple[torch.UntypedStorage, int]] = []
         """Emptied storages and their bytes."""
         self._host: Tensor | None = None
@@ -82,6 +90,7 @@ class ParkingPlace:
             ConfigError: when the host has no room, or a tensor's memory is not its own.
         """
         assert not self._parked, f"{self.name} is parked already"
+        tensors = list(tensors)
         storages = [s for s in storages_of(tensors).values() if s.nbytes() > 0]
         self._check_owned(storages)
         sizes = [storage.nbytes() for storage in storages]
@@ -90,8 +99,12 @@ class ParkingPlace:
             self._known = []
             self._copy_out(storages, self._room(sum(sizes)))
             self._known = known
-        for storage in storages:
-            storage.resize_(0)
+        if storages and (self._keeps_addresses or any(map(arena_of, storages))):
+            self._addresses = FixedAddresses(self.device)
+            storages = self._addresses.leave(tensors, storages)
+        else:
+            for storage in storages:
+                storage.resize_(0)
         self._parked = list(zip(storages, sizes, strict=True))
         self._release()
 
@@ -134,7 +147,7 @@ class ParkingPlace:
 
     def _check_owned(self, storages: list[torch.UntypedStorage]) -> None:
         for storage in storages:
-            if not storage.resizable():
+            if not storage.resizable() and arena_of(storage) is None:
                 raise ConfigError(
                     f"parking: expected {self.name} to own its memory, got {storage.nbytes()} bytes"
                     " that belong to a file, to numpy or to another library; clone() these tensors "
@@ -200,20 +213,28 @@ class ParkingPlace:
 
     def _copy_back(self) -> None:
         """The way back on a CPU."""
-        for storage, size in self._parked:
-            storage.resize_(size)
+        self._take_memory()
         self._fill()
         self._drop_pages()
 
     def _queue_copies(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
         """The way back on a stream of its own; memory is taken by the stream that will use it."""
-        for storage, size in self._parked:
-            storage.resize_(size)
+        self._take_memory()
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self._fill()
         event: torch.cuda.Event = stream.record_event()
         return event
+
+    def _take_memory(self) -> None:
+        """Memory of any content for what is parked."""
+        if self._addresses is not None:
+            sizes = [size for _, size in self._parked]
+            self._parked = list(zip(self._addresses.come_back(sizes), sizes, strict=True))
+            self._addresses = None
+            return
+        for storage, size in self._parked:
+            storage.resize_(size)
 
     def _fill(self) -> None:
         offset = 0

@@ -30,6 +30,9 @@ PARKABLE = frozenset({"policy", "policy_optimizer", "ema", "reference", "critic"
 CONSTANT = frozenset({"reference", "reward_model"})
 """Residents that training never writes: parked again, they need no copy."""
 
+FIXED = frozenset({"policy"})
+"""Residents whose addresses captured graphs know: they come back to where they were."""
+
 
 def tensors_of(model: nn.Module) -> list[Tensor]:
     """Parameters and buffers."""
@@ -143,20 +146,20 @@ class Residents:
     def _groups(self) -> dict[Owners, list[Tensor]]:
         """Tensors by the set of parts that list their memory."""
         owners: dict[int, set[str]] = {}
-        tensors: dict[int, Tensor] = {}
+        tensors: dict[int, dict[int, Tensor]] = {}
         for name, list_tensors in self.parts.items():
             for tensor in list_tensors():
                 key = tensor.untyped_storage()._cdata
                 owners.setdefault(key, set()).add(name)
-                tensors.setdefault(key, tensor)
+                tensors.setdefault(key, {})[id(tensor)] = tensor
         groups: dict[Owners, list[Tensor]] = {}
         for key, names in owners.items():
-            groups.setdefault(frozenset(names), []).append(tensors[key])
+            groups.setdefault(frozenset(names), []).extend(tensors[key].values())
         return groups
 
     def _place(self, owners: Owners) -> ParkingPlace:
         if owners not in self._places:
             self._places[owners] = ParkingPlace(
                 " and ".join(sorted(owners)), self.device, self._folder,
-                is_constant=owners <= CONSTANT)
+                is_constant=owners <= CONSTANT, keeps_addresses=not owners.isdisjoint(FIXED))
         return self._places[owners]

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,8 @@ from fastrl.engine import engine as engine_file
 from fastrl.engine.cache import KVCache
 from fastrl.engine.graphs import StepGraphs, fixed_parts, ladder, refusal, rung
 from fastrl.errors import ConfigError
+from fastrl.memory import parking
+from fastrl.memory.residents import Residents, tensors_of
 from fastrl.models import CausalLM, DecoderConfig, new_decoder
 from fastrl.types import Rollout
 
@@ -194,6 +197,36 @@ def test_a_second_call_captures_nothing_and_sees_new_weights(
     model.to(torch.float64)
     engine.generate(PROMPTS, SAMPLING)
     assert len(recorder.made) == 2 and recorder.num_captures > num_captures
+
+
+@pytest.mark.parametrize("keeps_addresses", [True, False])
+def test_parked_weights_that_come_back_to_their_addresses_cost_no_capture(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, keeps_addresses: bool
+) -> None:
+    """As in PPO: rollout, the cache's memory away, the policy parked, rollout."""
+    monkeypatch.setattr(parking, "can_keep_addresses", lambda device: keeps_addresses)
+    model = new_decoder(CONFIG, 0)
+    residents = Residents({"policy": lambda: tensors_of(model)}, {"policy"}, torch.device("cpu"),
+                          folder=tmp_path)
+    engine = Engine(model, EngineConfig(page_size=4, sync_every=4))
+    rollouts, captures, in_the_way = list[Rollout](), list[int](), list[torch.Tensor]()
+    for _ in range(3):
+        with residents.phase("critic_update"):
+            assert residents.parked == {"policy"}
+            # What takes the place of weights that have given theirs up.
+            in_the_way += [torch.zeros(parameter.shape) for parameter in model.parameters()]
+        with residents.phase("rollout"):
+            rollouts.append(engine.generate(PROMPTS, SAMPLING, seed=5))
+        engine.release_memory()
+        captures.append(recorder.num_captures)
+    assert captures[0] > 0 and recorder.num_replays > 0
+    for rollout in rollouts[1:]:
+        _assert_same_bits(rollouts[0], rollout)
+    if keeps_addresses:
+        assert len(recorder.made) == 1 and captures == captures[:1] * 3
+    else:
+        assert len(recorder.made) == 3 and captures == [captures[0], 2 * captures[0],
+                                                        3 * captures[0]]
 
 
 def test_new_weights_in_the_middle_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
