@@ -169,6 +169,20 @@ GLOSSARY: dict[str, Term] = {
     "eval/ptx_loss": Term(
         "Mean negative log-probability of held-out pretraining text, in nats; it rises when the "
         "model forgets."),
+    # PPO: the reward-hacking watch, on held-out prompts
+    "watch/gold_mean": Term(
+        "Mean of the score that is wanted in truth and never optimised; a fall while the optimised "
+        "score rises is over-optimisation."),
+    "watch/distinct_1": Term("Different tokens of all held-out responses as a share of them."),
+    "watch/distinct_2": Term(
+        "Different 2-grams of tokens of all held-out responses as a share of them; it falls when "
+        "responses become alike."),
+    "watch/repetition": Term(
+        "Share of a response's 4-grams of tokens that it has had before, mean over responses."),
+    "watch/kl_start_policy": Term(
+        "KL from the policy that training started from to the policy as it is, in nats per "
+        "response, on the first one's samples: the other direction."),
+    "watch/num_alarms": Term("Signs of reward hacking that give alarm in this evaluation."),
     # Time, speed, memory
     "time/step_s": Term("Seconds of this step.", ("verl: timing_s/step",)),
     "time/eval_s": Term("Seconds of the evaluation after this step.", ("verl: timing_s/testing",)),

@@ -13,6 +13,7 @@ from fastrl.report_curves import curves
 from fastrl.report_files import StageFiles, read_json, read_stages
 from fastrl.report_html import card, details, figure, page, paragraph, section, table, text
 from fastrl.report_svg import Interval, interval_plot
+from fastrl.report_watch import watch
 
 KIND_TITLES = {"pretrain": "Pretraining", "sft": "Supervised fine-tuning",
                "reward": "Reward model", "ppo": "PPO", "grpo": "GRPO", "rloo": "RLOO", "dpo": "DPO",
@@ -58,6 +59,7 @@ def _body(name: str, stages: Sequence[StageFiles], thinning: int) -> Iterator[st
         section("samples", "Samples", _samples(stages, thinning)),
         *(section(f"kind-{kind}", title, curves(kind, stages, _MAX_POINTS // thinning))
           for kind, title in KIND_TITLES.items()),
+        section("watch", "Reward-hacking watch", [watch(stage) for stage in stages]),
         section("stages", "Stages", [_stage_table(stages), *map(_summary, stages)]),
         section("reproduce", "Reproduce", _reproduce(name, stages)),
     ]

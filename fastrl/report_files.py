@@ -24,6 +24,8 @@ class StageFiles:
     reward_report: Mapping[str, Any]
     evaluation: Mapping[str, Any]
     best_of_n: Mapping[str, Any]
+    watch: tuple[Mapping[str, Any], ...]
+    """Evaluations as the reward-hacking watch saw them."""
     finished: Mapping[str, Any]
 
 
@@ -54,6 +56,7 @@ def _read_stage(folder: Path) -> StageFiles:
         reward_report=read_json(folder / "reward_report.json"),
         evaluation=read_json(folder / "evaluation.json"),
         best_of_n=read_json(folder / "best_of_n.json"),
+        watch=tuple(_read_lines(folder / "watch.jsonl")),
         finished=read_json(folder / "finished.json"),
     )
 

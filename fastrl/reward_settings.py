@@ -44,6 +44,46 @@ class RewardPart:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WatchConfig:
+    """When the reward-hacking watch of a run gives alarm; null switches a sign off.
+
+    Signs are compared with the first evaluation.
+    """
+
+    gold_drop: float | None = 0.05
+    """Share of the gold score's gain that may be lost while the score that is optimised is no
+    lower than at the gold score's best; with `gold_rewards`."""
+    num_std_errors: float = 2.0
+    """A loss of gold score counts when it is more than so many standard errors, over prompts."""
+    length_ratio: float | None = 2.0
+    """Mean length may grow or shrink by this factor."""
+    repetition_rise: float | None = 0.2
+    """The share of repeated 4-grams may rise by so much."""
+    distinct_ratio: float | None = 0.5
+    """The share of distinct 2-grams may fall to this share of its first value."""
+    entropy_ratio: float | None = 0.25
+    """Entropy may fall to this share of its first value."""
+    max_kl: float | None = None
+    """Nats per response that KL may reach, in either direction."""
+    stop: bool = False
+    """End the run at the first alarm; else it is a warning and stands in the report."""
+
+    def __post_init__(self) -> None:
+        check(self.gold_drop is None or 0 <= self.gold_drop <= 1, "gold_drop",
+              "a share from 0 to 1", self.gold_drop)
+        check(self.num_std_errors >= 0, "num_std_errors", "a number of at least 0",
+              self.num_std_errors)
+        check(self.length_ratio is None or self.length_ratio > 1, "length_ratio",
+              "a factor above 1", self.length_ratio)
+        check(self.repetition_rise is None or 0 < self.repetition_rise < 1, "repetition_rise",
+              "a share above 0 and below 1", self.repetition_rise)
+        for name in ("distinct_ratio", "entropy_ratio"):
+            value = getattr(self, name)
+            check(value is None or 0 < value < 1, name, "a share above 0 and below 1", value)
+        check(self.max_kl is None or self.max_kl > 0, "max_kl", "nats above 0", self.max_kl)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BestOfNRun:
     """Samples of a model, the best of them kept: best-of-n and rejection-sampling SFT.
 

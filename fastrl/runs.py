@@ -18,7 +18,7 @@ from fastrl.config import (
     check,
 )
 from fastrl.presets import GRPOConfig, RLOOConfig
-from fastrl.reward_settings import BestOfNRun, RewardPart, join_parts
+from fastrl.reward_settings import BestOfNRun, RewardPart, WatchConfig, join_parts
 
 Dtype = Literal["auto", "float32", "bfloat16", "float64"]
 
@@ -329,6 +329,11 @@ class PPORun(PPOConfig):
     """Held-out text files; their loss is logged at every evaluation."""
     ptx_window_tokens: int = 256
     """Tokens of one pretraining window."""
+    gold_rewards: dict[str, RewardPart] | None = None
+    """What is wanted in truth, by name as `rewards`: scored at every evaluation, never optimised;
+    the watch compares it with the score that is."""
+    watch: WatchConfig = WatchConfig()
+    """When the reward-hacking watch gives alarm; it looks at every evaluation."""
     best_of_n: int | None = 16
     """Before training, draw so many answers to each held-out prompt: what best-of-n of the first
     policy gains at which KL stands in the report beside the run; None: not measured."""
@@ -350,6 +355,9 @@ class PPORun(PPOConfig):
               f"None, because reference is {self.reference!r}", self.reference_model)
         _check_weights(self.source_weights)
         join_parts(self.reward_model, self.reward_function, self.rewards)
+        join_parts(None, None, self.gold_rewards)
+        check(not self.gold_rewards or self.eval_steps is not None, "eval_steps",
+              "a number, because gold_rewards are scored at evaluations", self.eval_steps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

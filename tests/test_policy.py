@@ -119,7 +119,8 @@ def test_prints_belong_to_the_console() -> None:
 
 RANK = {"errors": 0, "environment": 0, "types": 0, "packing": 0, "config": 0, "backends": 1,
         "checks": 1, "dense_attention": 1, "out_of_memory": 1, "ops": 2, "models": 3, "memory": 3,
-        "advantages": 3, "losses": 3, "kl_control": 3, "engine": 4, "rewards": 4, "trainers": 5,
+        "advantages": 3, "losses": 3, "kl_control": 3, "engine": 4, "rewards": 4, "watch": 4,
+        "trainers": 5,
         "evaluation": 6, "stages": 7, "pipeline": 8, "planning": 8, "demo": 9, "cli": 10}
 
 

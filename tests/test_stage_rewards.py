@@ -16,7 +16,7 @@ from fastrl.models.weights import save_causal_lm, save_scalar_model
 from fastrl.pipeline import run_recipe
 from fastrl.recipe import load_recipe, resolve_stage
 from fastrl.report import write_report
-from fastrl.reward_settings import RewardPart
+from fastrl.reward_settings import RewardPart, WatchConfig
 from fastrl.runs import PPORun
 from fastrl.stages import run_stage
 
@@ -28,6 +28,9 @@ def berries(prompts, completions, wanted):
     calls.append(prompts)
     assert all(w is not None for w in wanted)
     return [float(w in text) for w, text in zip(wanted, completions)]
+
+def fox(prompts, completions):
+    return [float(text.count("fox")) for text in completions]
 
 def breaks_later(prompts, completions):
     calls.append(prompts)
@@ -100,6 +103,25 @@ def test_models_and_functions_with_weights_by_source(place):
     assert {f"reward/part_{name}_mean" for name in names | {"wanted"}} <= seen
     assert "eval/reward_part_wanted_mean" not in seen  # no held-out prompt of that source
     assert "Mean score of one reward of a weighted sum" in write_report(folder).read_text()
+
+
+def test_gold_rewards_are_watched_and_never_optimised(place):
+    watched = {"gold": RewardPart(model=str(place / "second")),
+               "words": RewardPart(labeler="lexicon", weight=0.5)}
+    common = {"reward_function": f"{place}/mine.py:fox", "parking": "on", "learning_rate": 0.05,
+              "eval_prompts": (str(place / "prompts.jsonl"),)}
+    folder = run(settings(place, **common, gold_rewards=watched, watch=WatchConfig(max_kl=1e-9)))
+    rows = [json.loads(line) for line in (folder / "watch.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2] and "kl_start_policy" in rows[2]["alarms"]
+    assert lines(folder)[-1]["watch/gold_mean"] == rows[2]["gold"]
+    table = json.loads((folder / "best_of_n.json").read_text())["table"]
+    assert "gold_mean" in table[0]
+    plain = run(settings(place, **common, output_dir=str(place / "plain")))
+    assert lines(plain)[-1]["reward/score_mean"] == lines(folder)[-1]["reward/score_mean"]
+    page = write_report(folder).read_text()
+    assert "Reward-hacking watch" in page and "gold score, best of n" in page
+    with pytest.raises(ConfigError, match="eval_steps: expected a number, because gold_rewards"):
+        settings(place, reward_function="gsm8k", gold_rewards=watched, eval_steps=None)
 
 
 def test_a_function_that_ends_a_run_leaves_the_policy_so_far(place):

@@ -113,5 +113,8 @@ def write_baseline(run: PPORun, trainer: PPOTrainer, folder: RunFolder) -> None:
         trainer.engine.release_memory()
     with phase("evaluation", "reward_model"):
         scores = trainer.scorer(rollout).reshape(len(prompts), -1)
-    folder.write_json(RESULT, {"num_prompts": len(prompts), "table": best_of_n_table(scores),
+        watch = trainer.evaluation.watch
+        gold = None if watch is None or watch.gold is None \
+            else watch.gold(rollout).reshape(len(prompts), -1)
+    folder.write_json(RESULT, {"num_prompts": len(prompts), "table": best_of_n_table(scores, gold),
                                "num_samples_per_prompt": run.best_of_n})

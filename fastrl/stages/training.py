@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fastrl.config import EngineConfig, SamplingConfig
@@ -49,6 +50,7 @@ from fastrl.trainers.ppo_weights import AVERAGE_MODEL, LAST_MODEL
 from fastrl.trainers.reward import RewardTrainer
 from fastrl.trainers.sft import SFTTrainer, select_candidate
 from fastrl.types import Prompt, TokenExample
+from fastrl.watch import RewardWatch
 
 _NUM_SELECTION_PROMPTS = 128
 
@@ -211,10 +213,11 @@ def ppo(run: PPORun, open_folder: OpenFolder, console: Console) -> None:
     policy = load_policy(run.model_name_or_path, run, encoder)
     reference = None if run.reference != "copy" else load_policy(
         run.reference_model or run.model_name_or_path, run, encoder)
-    scorer = load_scorer(
-        join_parts(run.reward_model, run.reward_function, run.rewards), run, encoder,
-        train + held_out, max_tokens=run.max_tokens_per_microbatch,
-        max_new_tokens=run.sampling.max_new_tokens, share_prefix=run.share_prefix)
+    load = partial(load_scorer, run=run, encoder=encoder, max_tokens=run.max_tokens_per_microbatch,
+                   max_new_tokens=run.sampling.max_new_tokens, share_prefix=run.share_prefix)
+    scorer = load(join_parts(run.reward_model, run.reward_function, run.rewards),
+                  prompts=train + held_out)
+    gold = load(run.gold_rewards, prompts=held_out) if run.gold_rewards else None
     critic = None
     if run.has_critic:
         critic = initial_critic(run, policy, next(iter(reward_models(scorer).values()), None))
@@ -222,7 +225,7 @@ def ppo(run: PPORun, open_folder: OpenFolder, console: Console) -> None:
         trainer = PPOTrainer(
             run, policy, reference, critic, scorer, train,
             eval_prompts=held_out, ptx=windows, eval_ptx=held_out_windows, run=folder,
-            encoder=encoder)
+            encoder=encoder, watch=RewardWatch(run.watch, gold, folder))
         write_baseline(run, trainer, folder)
         with _progress(run, console, policy, encoder, trainer.num_steps, run.sampling) as progress:
             reason = _train_or_save(trainer, progress, folder, encoder)

@@ -64,6 +64,7 @@ from fastrl.trainers.ppo_trunks import (
 from fastrl.trainers.ppo_update import PPOBatch, batch_metrics, unpack_sequences, used_scores
 from fastrl.trainers.ppo_weights import KeptWeights
 from fastrl.types import Prompt, Rollout, TokenExample
+from fastrl.watch import RewardWatch
 
 logger = logging.getLogger("fastrl")
 
@@ -90,6 +91,7 @@ class PPOTrainer:
         eval_ptx: Held-out windows; every evaluation logs their loss.
         run: Where metrics and samples are written; None writes nothing.
         encoder: Turns samples into text, and serves stop strings.
+        watch: Looks at every evaluation for signs of reward hacking, and may end the run.
     Raises:
         ModelError: when the models read different tokens.
         DataError: when no prompt fits `max_prompt_tokens`.
@@ -110,6 +112,7 @@ class PPOTrainer:
         eval_ptx: Sequence[TokenExample] = (),
         run: RunFolder | None = None,
         encoder: TextDecoder | None = None,
+        watch: RewardWatch | None = None,
     ) -> None:
         adapt(policy, config)
         models: dict[str, CausalLM | ScalarModel] = {"policy": policy}
@@ -117,7 +120,7 @@ class PPOTrainer:
             models["critic"] = critic.eval()
         if reference is not None:
             models["reference"] = reference.eval().requires_grad_(False)
-        models |= reward_models(scorer)
+        models |= reward_models(scorer, None if watch is None else watch.gold)
         check_settings(config, policy, reference, critic, ptx)
         check_trunk(config, policy, critic, scorer)
         check_models(models, critic_weights(config, critic))
@@ -156,7 +159,7 @@ class PPOTrainer:
         self.critic_learner = None if critic is None else self._critic_learner(config, critic)
         self.evaluation = Evaluation(
             config, self.engine, policy, self.reference, scorer, self.weights, self.residents,
-            self.eval_prompts, eval_ptx, run, encoder, self.passes)
+            self.eval_prompts, eval_ptx, run, encoder, self.passes, watch)
         self.kl_controller = make_kl_controller(config.kl_controller, config.kl_coef,
                                                 config.kl_target, config.kl_horizon)
         self.iteration = 0
@@ -407,7 +410,11 @@ class PPOTrainer:
 
     def evaluate(self) -> dict[str, float]:
         """Answer the held-out prompts with the weights that would be saved: `eval/` metrics."""
-        return self.evaluation.run(self.iteration)
+        metrics, watch = self.evaluation.run(self.iteration), self.evaluation.watch
+        if watch is not None and watch.stop_reason is not None and self.stop_reason is None:
+            self.stop_reason = watch.stop_reason
+            logger.warning("PPO stops: %s", self.stop_reason)
+        return metrics
 
     def _log(self, metrics: dict[str, float]) -> None:
         """Write metrics every `logging_steps`, at every evaluation and at the end."""

@@ -21,6 +21,7 @@ from fastrl.trainers.ppo_trunks import reference_part
 from fastrl.trainers.ppo_update import eval_metrics
 from fastrl.trainers.ppo_weights import KeptWeights
 from fastrl.types import Prompt, Rollout, TokenExample
+from fastrl.watch import RewardWatch
 
 Result = TypeVar("Result")
 
@@ -51,6 +52,8 @@ class Evaluation:
     encoder: TextDecoder | None
     passes: PassBudget
     """Of scoring."""
+    watch: RewardWatch | None = None
+    """Looks for signs of reward hacking."""
 
     def run(self, iteration: int) -> dict[str, float]:
         """Answer, score, log and keep.
@@ -83,16 +86,26 @@ class Evaluation:
             ref_logprobs = self._compute(partial(update_logprobs, self.reference, rollout, config,
                                                  self.passes), reference_part(config))
         raw_scores = self._compute(lambda: self.scorer(rollout), "reward_model")
+        gold = None
+        if self.watch is not None and self.watch.gold is not None:
+            gold = self._compute(partial(self.watch.gold, rollout), "reward_model")
 
         def measure() -> dict[str, float]:
-            check_rollout_finite(iteration, rollout, scores=raw_scores, ref_logprobs=ref_logprobs)
+            check_rollout_finite(iteration, rollout, scores=raw_scores, gold_scores=gold,
+                                 ref_logprobs=ref_logprobs)
             metrics = eval_metrics(rollout, ref_logprobs, raw_scores, config)
             metrics |= score_metrics(self.scorer, "eval/reward_")
             if self.ptx:
                 metrics["eval/ptx_loss"] = evaluate_token_loss(self.policy, self.ptx, self.passes)
             return metrics
 
-        return rollout, raw_scores, self._compute(measure, "policy")
+        metrics = self._compute(measure, "policy")  # which has to be there at the end
+        if self.watch is not None:
+            metrics |= self.watch.observe(
+                iteration, rollout, raw_scores, gold, metrics,
+                lambda start: self._compute(partial(update_logprobs, self.policy, start, config,
+                                                    self.passes), "policy"))
+        return rollout, raw_scores, metrics
 
     def _compute(self, work: Callable[[], Result], *parts: str) -> Result:
         """What `work` returns in a part of the phase. It changes nothing, so it may be done again.
