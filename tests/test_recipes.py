@@ -13,7 +13,7 @@ from fastrl.recipe import load_recipe
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
-@pytest.mark.parametrize("name", ["stories", "human"])
+@pytest.mark.parametrize("name", ["stories", "human", "stories_rloo", "gsm8k_grpo"])
 @pytest.mark.parametrize("short", [False, True])
 def test_recipes_are_valid_and_hold_no_path_of_a_machine(name, short):
     recipe = load_recipe(RECIPES / f"{name}.yaml", short=short)
@@ -69,3 +69,41 @@ def test_human_short_form_runs_on_real_data(required_shared, tmp_path):
     result = json.loads((tmp_path / "run/evaluation/evaluation.json").read_text())
     assert set(result["models"]) == {"base", "sft", "ppo"}
     assert all(facts["lm_loss"] > 0 for facts in result["models"].values())
+
+
+def test_rloo_has_the_tokens_and_the_reward_model_of_ppo():
+    ppo, rloo = ({stage.name: stage.config for stage in load_recipe(RECIPES / name).stages}
+                 for name in ("stories.yaml", "stories_rloo.yaml"))
+    for stage in ("prompts", "rank", "reward"):
+        given = {name: getattr(rloo[stage], name) for name in rloo[stage].__dataclass_fields__}
+        assert given == {name: getattr(ppo[stage], name) for name in given}
+    for name in ("num_iterations", "rollout_batch_size", "minibatch_size", "sampling", "kl_coef",
+                 "learning_rate", "max_kl"):
+        assert getattr(rloo["rloo"], name) == getattr(ppo["ppo"], name), name
+    assert rloo["rloo"].num_samples_per_prompt == 8 and not rloo["rloo"].has_critic
+
+
+@pytest.mark.exhaustive
+def test_stories_rloo_short_form_runs_on_the_real_model(required_shared, tmp_path):
+    """Left out unless asked for: all stages but one are those of `stories`."""
+    run_short("stories_rloo", required_shared, tmp_path / "run")
+    lines = [json.loads(line) for line in
+             (tmp_path / "run/rloo/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss/policy" in line]
+    assert len(steps) == 2 and all(0 <= line["reward/equal_group_share"] < 1 for line in steps)
+    assert all(line["ratio/first_minibatch_max_error"] < 1e-4 for line in steps)
+    result = json.loads((tmp_path / "run/evaluation/evaluation.json").read_text())
+    assert set(result["models"]) == {"initial", "rloo"}
+    assert abs(result["models"]["rloo"]["kl"]["k1"]) < 1
+
+
+@pytest.mark.slow
+def test_gsm8k_grpo_short_form_runs_on_real_data(required_shared, tmp_path):
+    run_short("gsm8k_grpo", required_shared, tmp_path / "run")
+    lines = [json.loads(line) for line in
+             (tmp_path / "run/grpo/metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss/policy" in line]
+    assert len(steps) == 2
+    for line in steps:
+        parts = line["reward/part_answer_mean"] + 0.2 * line["reward/part_form_mean"]
+        assert line["reward/score_mean"] == pytest.approx(parts, abs=1e-6)
