@@ -57,6 +57,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.nn.functional, "linear", faulty)
     monkeypatch.setattr(rows, "GPU_ROW_COUNTS", (1, 2, 16, 63, 64, 65, 128))
+    monkeypatch.setattr(sweep_module, "_row_counts", lambda model: [2, 3, 5])  # 40 at most
     for module in (rows, sweep_module):
         monkeypatch.setattr(module, "least_rows", lambda product, dtype, device, by_input=False:
                             rows.smallest_invariant_rows_on_gpu(product, dtype, device))
@@ -123,6 +124,23 @@ def test_rollout_scoring_and_training_take_the_kernel_and_agree(launches: list[s
     expected, wanted = trained_logprobs(as_if_sound(model), rollout)
     torch.testing.assert_close(trained, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("planted_head")
+def test_bits_of_a_sequence_do_not_depend_on_what_is_beside_it() -> None:
+    """Through the whole model, in a pack of one sequence and of two."""
+    model = tiny()
+    Engine(model, EngineConfig())
+    sequences = [[(5 * i + 3) % 37 for i in range(20)], [(11 * i + 2) % 37 for i in range(24)]]
+
+    def read(number: int) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            hidden, packed = packed_forward(model, sequences[:number])
+            return hidden[:20], model.lm_head(hidden, linear_logprobs, packed.token_ids)[0][:20]
+
+    with exact_math(model.lm_head.weight.device.type):
+        assert all(map(torch.equal, read(1), read(2)))
+    assert not any(map(torch.equal, read(1), read(2)))  # by the library alone
 
 
 def policy_gradient(model: CausalLM, hidden: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
