@@ -9,6 +9,7 @@ Random weights made on the device, responses of full length. Rows, by workload:
     arena                            the engine gives its cache's memory back, and takes it again
     update beside the cache          peak memory and the largest microbatch that fits, with the
                                      memory of the engine's cache held and given back
+    parking                          the policy leaves for the host and comes back
 
 Exact and fast take turns; `extra.cost` of an exact row is its median over that of the fast row.
 """
@@ -31,6 +32,8 @@ from fastrl.engine import Engine
 from fastrl.engine.cache import KVCache
 from fastrl.exactness import exact_math
 from fastrl.exactness.sweep import sweep
+from fastrl.memory.parking import storages_of
+from fastrl.memory.residents import Residents, tensors_of
 from fastrl.ops import linear_policy_loss
 from fastrl.packing import predict_rows
 from fastrl.trainers.common import packed_forward
@@ -74,6 +77,7 @@ class ExactBench:
         for workload, measure in (
             ("sweep", self.sweep), ("generate", self.generate), ("update", self.update),
             ("arena", self.arena), ("update beside the cache", self.beside_the_cache),
+            ("parking", self.parking),
         ):
             row = Row(workload=workload, sizes=self.sizes, dtype=self.dtype, provider="fastrl",
                       status="skipped", reason="the time is used up")
@@ -164,6 +168,22 @@ class ExactBench:
             self._add(replace(_timed_row(replace(row, case=case), [taken], extra),
                               peak_bytes=peak))
 
+    def parking(self, row: Row) -> None:
+        """The policy's way to the host and back, and whether its addresses stay."""
+        residents = Residents({"policy": lambda: tensors_of(self.model)}, {"policy"},
+                              torch.device(self.device))
+        seconds: dict[str, list[float]] = {"leaves": [], "comes back": []}
+        addresses = set[tuple[int, ...]]()
+        for _ in range(1 + ROUNDS):  # the first one takes host memory and the arena
+            for case, phase in (("leaves", "critic_update"), ("comes back", "rollout")):
+                seconds[case].append(self._timed(
+                    lambda phase=phase: _begin(residents, phase))[0])  # type: ignore[misc]
+            addresses.add(tuple(tensor.data_ptr() for tensor in tensors_of(self.model)))
+        extra = {"num_bytes": sum(s.nbytes() for s in storages_of(tensors_of(self.model)).values()),
+                 "keeps_addresses": len(addresses) == 1}
+        for case, taken in seconds.items():
+            self._add(_timed_row(replace(row, case=case), taken[1:], extra))
+
     def _idle_cache(self) -> KVCache:
         """The cache of the exact engine, the only one that has memory from here on."""
         self._engines["fast"].release_memory()
@@ -247,6 +267,12 @@ class ExactBench:
 
 def _timed_row(row: Row, seconds: list[float], extra: dict[str, Any]) -> Row:
     return replace(row.timed(Timing("clock", seconds), None, None, None), extra=extra)
+
+
+def _begin(residents: Residents, phase: str) -> None:
+    """Move what a phase moves."""
+    with residents.phase(phase):
+        pass
 
 
 def run_exact(device: str, small: bool, path: Path, deadline: float) -> list[Row]:

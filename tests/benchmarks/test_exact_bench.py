@@ -50,6 +50,12 @@ def test_rows_of_a_small_run(tmp_path: Path) -> None:
         switch = rows["arena", case]
         assert switch.rounds == bench.ROUNDS
         assert switch.extra == {"num_bytes": num_bytes, "keeps_addresses": True}
+    for case in ("leaves", "comes back"):
+        moved = rows["parking", case]
+        assert moved.rounds == bench.ROUNDS and moved.extra["keeps_addresses"] is True
+        # Two layers: q, k, v; out; gate and up; down; two norms. Both ends, a norm, angles.
+        layer = 64 * 32 + 32 * 32 + 96 * 32 + 32 * 48 + 2 * 32
+        assert moved.extra["num_bytes"] == 4 * (2 * layer + 2 * 97 * 32 + 32 + 4)
 
 
 def test_the_engines_own_cache_is_switched(
@@ -94,7 +100,7 @@ def test_a_failure_and_the_end_of_the_time_are_rows(
         self, "deadline", 0.0))
     first, *rest = run_exact("cpu", True, tmp_path / "exact.json", time.monotonic() + 100)
     assert first.is_failure and first.reason == "RuntimeError: no such product"
-    assert {row.reason for row in rest} == {"the time is used up"} and len(rest) == 3
+    assert {row.reason for row in rest} == {"the time is used up"} and len(rest) == 4
 
 
 def test_a_wrong_engine_shows_in_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
