@@ -1,6 +1,7 @@
 """GRPO, Dr. GRPO, RLOO, REINFORCE++ and ReMax on the PPO page: what is learned, without what."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -86,7 +87,7 @@ def test_the_page_takes_the_rule_it_is_told(task: SimpleNamespace, rule: str) ->
         return 10 * task.score_even(rollout)
 
     trainer = task.make_trainer(advantage=rule, reference=task.tiny_model(seed=7), scorer=scorer,
-                                kl_coef=0.5, reward_clip=8.0, num_samples_per_prompt=4)
+                                kl_coef=0.5, reward_clip=3.0, num_samples_per_prompt=4)
     batch = task.catch_batch(trainer)
     greedy = None
     if rule == "remax":
@@ -96,7 +97,8 @@ def test_the_page_takes_the_rule_it_is_told(task: SimpleNamespace, rule: str) ->
             [first.sequence(i)[:int(first.prompt_lens[i])] for i in range(2)],
             SamplingConfig(max_new_tokens=5, greedy=True), seed=99)
         assert torch.equal(again.response_ids, first.response_ids)
-        greedy = (10 * task.score_even(first)).clamp(max=8.0)
+        assert float(task.score_even(first).max()) > 0.3  # so that the clip matters
+        greedy = (10 * task.score_even(first)).clamp(max=3.0)
     else:
         assert len(scored) == 1
     assert batch.rewards.abs().gt(1e-3).sum() > 8  # KL on every token
@@ -138,6 +140,37 @@ def test_kl_in_the_loss_is_not_in_the_reward(task: SimpleNamespace) -> None:
     for a, b, c in zip(both, without, kl_alone, strict=True):
         torch.testing.assert_close(a, b + c, rtol=1e-4, atol=1e-6)
     assert max(float(g.abs().max()) for g in kl_alone) > 1e-3
+    # beta is that of the iteration, which a controller may have moved.
+    twice = gradient(advantages=torch.zeros_like(batch.advantages), kl_coef=1.0)
+    for a, b in zip(twice, kl_alone, strict=True):
+        torch.testing.assert_close(a, 2 * b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings, loss, clipped", [
+    ({}, -1.2, 1.0), ({"clip_range_high": 0.5}, -1.5, 1.0), ({"clip_range_high": 2.0}, -2.0, 0.0)])
+def test_the_clip_ranges_of_the_settings_are_those_of_the_loss(
+    task: SimpleNamespace, settings: dict[str, float], loss: float, clipped: float
+) -> None:
+    """All ratios are 2 and all advantages 1; then -1, where only the dual clip bounds the loss."""
+    trainer = task.make_trainer(advantage="rloo", **GROUPED, **settings)
+    batch = task.catch_batch(trainer)
+    shifted = dataclasses.replace(
+        batch, old_logprobs=batch.old_logprobs - math.log(2), advantages=batch.mask.float())
+    metrics = backward_policy(trainer.policy, shifted, [0, 1, 4, 5], trainer.config)
+    assert metrics["loss/policy"] == pytest.approx(loss, abs=1e-4)
+    assert metrics["clip/fraction"] == clipped
+    bad = dataclasses.replace(shifted, advantages=-batch.mask.float())
+    for dual_clip, bounded in ((None, 2.0), (1.5, 1.5)):
+        config = dataclasses.replace(trainer.config, dual_clip=dual_clip)
+        metrics = backward_policy(trainer.policy, bad, [0, 1, 4, 5], config)
+        assert metrics["loss/policy"] == pytest.approx(bounded, abs=1e-4)
+
+
+def test_groups_of_equal_scores_are_counted(task: SimpleNamespace) -> None:
+    scores = torch.tensor([1.0, 1, 1, 1, 2, 2, 3, 2, 0, 0, 0, 0, 5, 5, 5, 6])
+    trainer = task.make_trainer(advantage="grpo", scorer=lambda rollout: scores, **GROUPED,
+                                rollout_batch_size=16)
+    assert trainer.step()["reward/equal_group_share"] == 0.5
 
 
 LENGTHS = torch.tensor([2, 4, 1, 3, 5, 5, 2, 4])
