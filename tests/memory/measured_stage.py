@@ -1,6 +1,6 @@
 """One step of a stage in a process of its own; prints planned and measured bytes as JSON.
 
-Run by test_measured.py: `python measured_stage.py sft|long|reward|dpo|ppo [name=value ...]`.
+Run by test_measured.py: `python measured_stage.py sft|long|reward|dpo|ppo|lora [name=value ...]`.
 """
 
 import json
@@ -63,10 +63,14 @@ def trainer(stage: str, settings: dict[str, Any]) -> Any:
                     for i in range(2)]
         return DPOTrainer(DPOConfig(batch_size=2, **common), model(768, 9), rankings,
                           reference=model(768, 9))
+    lora: dict[str, Any] = {}
+    policy, reference = model(512, 8), model(512, 8)
+    if stage == "lora":  # a reward model, a policy, and critic and reference on their weights
+        lora = {"lora_rank": 16, "reference": "adapters_off", "missing_eos_penalty": None}
+        policy, reference = model(1024, 10), None
     config = PPOConfig(rollout_batch_size=4, minibatch_size=4, eval_steps=None,
                        sampling=SamplingConfig(max_new_tokens=16),
-                       engine=EngineConfig(max_batch_size=4), **common)
-    policy, reference = model(512, 8), model(512, 8)
+                       engine=EngineConfig(max_batch_size=4), **common | lora)
     reward_model = scalar_from_causal(policy, 0)
     prompts = [Prompt(tokens(48, i), "") for i in range(4)]
     return PPOTrainer(config, policy, reference, initial_critic(config, policy, reward_model),
