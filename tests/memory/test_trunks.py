@@ -8,7 +8,7 @@ import torch
 
 from fastrl.config import EngineConfig, PPOConfig, SamplingConfig
 from fastrl.memory.plan import MemoryPlan
-from fastrl.memory.shapes import shape_named
+from fastrl.memory.shapes import shape_named, with_adapters
 from fastrl.memory.stages import plan_ppo
 from fastrl.memory.training import Device
 
@@ -70,3 +70,28 @@ def test_fewer_models_fit_where_four_have_to_park() -> None:
     assert "reference" in plan(120).parks and "critic_optimizer" in plan(120).parks
     assert plan(120, **settings).parks == frozenset() and plan(120, **settings).fits
     assert "critic" not in plan(80, **settings).parks
+
+
+@pytest.mark.parametrize(("init", "owner", "other"), [
+    ("reward", "reward_model", "policy"), ("policy", "policy", "reward_model")])
+def test_a_critic_with_adapters_needs_the_trunk_it_shares(
+    init: str, owner: str, other: str
+) -> None:
+    """And has no trunk, no reference and no second head in the plan; see fastrl.models.lora."""
+    shape = shape_named("qwen3-0.6b")
+    config = PPOConfig(parking="on", critic_init=init, lora_rank=16,  # type: ignore[arg-type]
+                       reference="adapters_off")
+    plan = plan_ppo(config, shape, Device("cuda", 80 * 10**9, torch.bfloat16))
+    adapted = with_adapters(shape, config)
+    rows = {row.name: row.num_bytes for row in plan.residents}
+    assert rows["policy"] == 2 * (sum(shape.language_model) + sum(adapted.adapters))
+    assert rows["critic"] == 2 * (sum(adapted.adapters) + 1024)
+    assert rows["policy_gradients"] == rows["ema"] // 2 == 2 * sum(adapted.adapters)
+    assert rows["reward_model"] == 2 * sum(shape.scalar_model)
+    assert "reference" not in rows
+    update = plan.phases["critic_update"]
+    assert owner in update and other not in update
+    assert "critic" not in plan.phases["rollout"]
+    shared = plan_ppo(dataclasses.replace(config, critic_trunk=init), shape,
+                      Device("cuda", 80 * 10**9, torch.bfloat16))
+    assert {row.name: row.num_bytes for row in shared.residents}["critic"] == 2 * 1024

@@ -1,5 +1,6 @@
 """LoRA: peft is the oracle; adapters off are the frozen model; what is refused."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,19 @@ import pytest
 import torch
 
 from fastrl.config import SFTConfig
-from fastrl.models import CausalLM, load_causal_lm, save_causal_lm
-from fastrl.models.lora import adapt, trained_parameters
+from fastrl.errors import ConfigError, ModelError
+from fastrl.models import (
+    CausalLM,
+    PackedAttention,
+    ScalarModel,
+    load_causal_lm,
+    load_scalar_model,
+    save_causal_lm,
+    save_scalar_model,
+    scalar_from_causal,
+)
+from fastrl.models.lora import LoRALinear, adapt, trained_parameters, without_adapters
+from fastrl.packing import pack_sequences
 
 FAMILIES = ("llama", "llama_tied", "qwen3", "gpt2", "gpt_neox")
 EVERY_TARGET = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
@@ -20,7 +32,7 @@ def settings(rank: int = 3, **changes: Any) -> SFTConfig:
 
 
 @torch.no_grad()
-def randomize(model: CausalLM) -> None:
+def randomize(model: CausalLM | ScalarModel) -> None:
     """Adapters as after training: B is not 0, and every number is another one."""
     generator = torch.Generator().manual_seed(1)
     for parameter in trained_parameters(model):
@@ -59,3 +71,121 @@ def test_an_adapter_folder_gives_the_same_logits_in_peft_and_merged(
     merged = load_causal_lm(tmp_path)
     assert merged.adapters is None and len(trained_parameters(merged)) > 3
     torch.testing.assert_close(logits.packed(merged), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "changes"), [
+    ("llama", {"use_rslora": True}), ("gpt2", {"target_modules": ["c_attn", "c_proj"]}),
+    ("gpt_neox", {"target_modules": ["query_key_value"]}), ("opt", {})])
+@pytest.mark.filterwarnings("ignore")  # peft on its own imports
+@torch.no_grad()
+def test_adapters_that_peft_saved_are_merged(
+    name: str, changes: dict[str, Any], checkpoint: Any, logits: Any, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft, the oracle of adapter files")
+    made = checkpoint(name)
+    config = peft.LoraConfig(**({"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"],
+                                 "task_type": "CAUSAL_LM"} | changes))
+    theirs = peft.get_peft_model(logits.reload(made.folder), config).eval()
+    generator = torch.Generator().manual_seed(2)
+    for parameter_name, parameter in theirs.named_parameters():
+        if ".lora_" in parameter_name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    theirs.save_pretrained(tmp_path)
+    merged = logits.packed(load_causal_lm(tmp_path))
+    assert (merged - logits.packed(load_causal_lm(made.folder))).abs().max() > 0.1
+    torch.testing.assert_close(merged, logits.separate(theirs), rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers makes a new head, peft then loads ours
+@torch.no_grad()
+def test_a_reward_models_adapters_load_in_peft(
+    checkpoint: Any, logits: Any, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft", reason="needs peft, the oracle of adapter files")
+    from transformers import AutoModelForSequenceClassification
+
+    made = checkpoint("llama")
+    model = scalar_from_causal(load_causal_lm(made.folder), seed=3)
+    adapt(model, settings())
+    randomize(model)
+    model.head.bias.fill_(0.75)
+    save_scalar_model(model, tmp_path)
+    full = AutoModelForSequenceClassification.from_pretrained(made.folder, num_labels=1)
+    theirs = peft.PeftModel.from_pretrained(full, tmp_path).eval()
+    tokens = torch.tensor([[5, 7, 96, 9]])
+    batch = pack_sequences(tokens.tolist())
+    attention = PackedAttention(batch.cu_seqlens, batch.max_seqlen)
+    for ours in (model, load_scalar_model(tmp_path)):
+        values = ours(batch.token_ids, batch.positions, attention)
+        torch.testing.assert_close(values[-1] - 0.75, theirs(tokens).logits[0, 0], rtol=0,
+                                   atol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_adapters(checkpoint: Any) -> None:
+    one, same, other = (adapted(checkpoint("llama").folder, seed=seed) for seed in (4, 4, 5))
+    first = [p for name, p in one.named_parameters() if ".lora_a." in name]
+    again = [p for name, p in same.named_parameters() if ".lora_a." in name]
+    others = [p for name, p in other.named_parameters() if ".lora_a." in name]
+    assert all(map(torch.equal, first, again)) and not any(map(torch.equal, first, others))
+    bound = 40 ** -0.5  # of A behind 40 inputs
+    largest = max(float(p.detach().abs().max()) for p in first if p.shape[1] == 40)
+    assert 0.95 * bound < largest <= bound
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+@torch.no_grad()
+def test_adapters_off_are_the_base_to_the_bit(name: str, checkpoint: Any, logits: Any) -> None:
+    if name == "opt":
+        pytest.importorskip("peft", reason="needs peft for models through transformers")
+    folder = checkpoint(name).folder
+    plain = load_causal_lm(folder)
+    model = adapted(folder, lora_targets=EVERY_TARGET if name == "llama" else None)
+    randomize(model)
+    off = without_adapters(model)
+    assert torch.equal(logits.packed(off), logits.packed(plain))
+    assert not torch.equal(logits.packed(model), logits.packed(plain))
+    held = {p.data_ptr() for p in model.parameters()}
+    assert {p.data_ptr() for p in off.parameters()} <= held
+    assert len(list(off.parameters())) == len(list(plain.parameters()))
+
+
+@torch.no_grad()
+def test_adapters_of_bf16_weights_are_bf16_and_merge_with_one_rounding(
+    checkpoint: Any, tmp_path: Path
+) -> None:
+    folder = checkpoint("llama").folder
+    model = load_causal_lm(folder, "bfloat16")
+    adapt(model, settings(lora_targets=("o_proj",)))
+    randomize(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    module = model.backbone.layers[1].attention.out
+    assert isinstance(module, LoRALinear)
+    expected = (module.weight.float() + 5 / 3 * (
+        module.lora_b[0].weight.float() @ module.lora_a.weight.float())).bfloat16()
+    save_causal_lm(model, tmp_path)
+    merged = load_causal_lm(tmp_path, "bfloat16").backbone.layers[1].attention.out.weight
+    assert torch.equal(merged, expected)
+
+
+def test_without_peft_other_architectures_are_refused(
+    checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint("opt").folder
+    monkeypatch.setitem(sys.modules, "peft", None)
+    model = load_causal_lm(folder)
+    with pytest.raises(ModelError, match="expected peft for opt, .* pip install peft"):
+        adapt(model, settings())
+    assert model.adapters is None and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "targets", "message"), [
+    ("llama", ("q",), "out of q_proj, k_proj, .*, lm_head, got q; change"),
+    ("gpt2", ("q_proj",), "out of c_attn, c_proj, c_fc, lm_head, got q_proj"),
+    ("llama", (), "got none"), ("opt", ("lm_head",), "got lm_head")])
+def test_unknown_targets_are_refused(
+    name: str, targets: tuple[str, ...], message: str, checkpoint: Any
+) -> None:
+    if name == "opt":
+        pytest.importorskip("peft", reason="needs peft for models through transformers")
+    with pytest.raises(ConfigError, match=message):
+        adapted(checkpoint(name).folder, lora_targets=targets)

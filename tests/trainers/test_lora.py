@@ -208,3 +208,41 @@ def test_stages_save_adapters_that_load(task: Any, tmp_path: Path) -> None:
 def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PPOConfig(**changes)
+
+
+def test_models_through_transformers_learn_by_adapters(task: Any, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="needs peft for models through transformers")
+    import transformers
+
+    config = transformers.OPTConfig(
+        vocab_size=task.VOCABULARY, hidden_size=16, ffn_dim=24, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=32, word_embed_proj_dim=16, init_std=0.4,
+        bos_token_id=0, eos_token_id=task.EOS, pad_token_id=0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    trainers = []
+    for reference in ("adapters_off", "copy"):
+        policy = load_causal_lm(tmp_path / "base")
+        settings = PPOConfig(**(task.SETTINGS | LORA | {
+            "learning_rate": 1e-2, "reference": reference, "critic_init": "policy"}))
+        frozen = load_causal_lm(tmp_path / "base") if reference == "copy" else None
+        critic = initial_critic(settings, policy, None)
+        before = base(policy)
+        trainers.append(PPOTrainer(settings, policy, frozen, critic, task.score_even,
+                                   task.PROMPTS))
+    for _ in range(2):
+        one, other = (trainer.step() for trainer in trainers)
+        assert one["kl/policy_ref"] == other["kl/policy_ref"]
+        assert one["loss/policy"] == other["loss/policy"]
+    assert abs(one["kl/policy_ref"]) > 1e-6
+    own = dict(policy.named_parameters())
+    assert adapters(policy) and {name.replace(".base_layer.", "."): True for name in own
+                                 if ".lora_" not in name}.keys() == before.keys()
+    assert all(torch.equal(p, before[name.replace(".base_layer.", ".")])
+               for name, p in own.items() if ".lora_" not in name)
+    save_causal_lm(policy, tmp_path / "adapters")
+    again = load_causal_lm(tmp_path / "adapters")
+    from fastrl.trainers.common import packed_forward
+
+    with torch.no_grad():
+        ours, theirs = (packed_forward(m, [[3, 4, 5]])[0] for m in (policy, again))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
