@@ -59,7 +59,7 @@ def test_the_exact_part_without_a_gpu(tmp_path: Path) -> None:
     document, rows = load(path)
     assert "--small" in document["command"]
     assert {row.workload for row in rows} == {
-        "sweep", "generate", "update", "arena", "update beside the cache"}
+        "sweep", "generate", "update", "arena", "update beside the cache", "parking"}
 
 
 @pytest.mark.slow
