@@ -16,10 +16,11 @@ CONTEXT_BYTES = 768 * 2**20
 """Kept free on a GPU for the CUDA context, libraries and compiled kernels; not yet measured."""
 SLACK_SHARE = 0.03
 """Of a GPU's memory, kept free for what the allocator cannot join; not yet measured."""
-PARK_ORDER = ("reward_model", "reference", "policy_optimizer", "critic_optimizer", "critic", "ema",
-              "policy")
-"""What is parked first: the fewest bytes moved per iteration. Frozen weights travel one way, state
-that changes both ways, the policy before and after everything."""
+PARK_ORDER = ("swapped", "reward_model", "reference", "policy_optimizer", "critic_optimizer",
+              "critic", "ema", "policy")
+"""What is parked first: the fewest bytes moved per iteration. What evaluations swap out does not
+travel in others, frozen weights one way, state that changes both ways, the policy before and after
+everything."""
 MIN_SEQUENCES = 32
 """Sequences that rollout should decode together before anything is left unparked for speed."""
 
@@ -34,7 +35,7 @@ class Moment:
     needs: tuple[str, ...]
     """Residents that have to be on the device."""
     passing: Mapping[str, int]
-    """Bytes that exist during this moment only, by name."""
+    """Bytes that exist during this moment, by name; what waits on the host among them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,9 +185,8 @@ def _residents(
 
 def _present(demand: Demand, parks: frozenset[str], moment: Moment) -> dict[str, int]:
     """Bytes on the device at a moment, by name."""
-    kept = {name: num_bytes for name, num_bytes in demand.kept.items()
+    return {name: num_bytes for name, num_bytes in {**demand.kept, **moment.passing}.items()
             if name in moment.needs or name not in parks}
-    return kept | dict(moment.passing)
 
 
 def _peak(demand: Demand, parks: frozenset[str], tokens: int, pages: int) -> int:
@@ -205,7 +205,8 @@ def _token_choices(demand: Demand) -> list[int]:
 def _parks(demand: Demand, room: int) -> frozenset[str]:
     """What waits on the host: nothing without need, everything with "on"."""
     moments = demand.moments(demand.min_tokens, demand.min_pages)
-    candidates = [name for name in PARK_ORDER if name in demand.kept
+    present = set(demand.kept).union(*(moment.passing for moment in moments))
+    candidates = [name for name in PARK_ORDER if name in present
                   and any(name not in moment.needs for moment in moments)]
     if demand.parking != "auto":
         return frozenset(candidates if demand.parking == "on" else ())

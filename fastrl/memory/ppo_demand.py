@@ -8,6 +8,7 @@ from fastrl.config import PPOConfig
 from fastrl.memory import sizes
 from fastrl.memory.pages import max_prefill_tokens, tokens_per_page
 from fastrl.memory.plan import Demand, Moment
+from fastrl.memory.residents import NEEDS, SWAP
 from fastrl.memory.shapes import ModelShape
 from fastrl.memory.training import Device, trained, training
 from fastrl.memory.trunks import head_sizes, on_trunk
@@ -52,7 +53,7 @@ def ppo_demand(config: PPOConfig, models: Models, device: Device, longest: int |
     def moments(tokens: int, pages: int) -> list[Moment]:
         cache = {"kv_cache": pages * page_bytes}
         return on_trunk(config, width, dtype, [
-            *_rollout("rollout", ("policy",), config, policy, device, longest, cache),
+            *_rollout("rollout", config, policy, device, longest, cache),
             *_scoring("scoring", config, models, device, min(
                 tokens, config.rollout_batch_size * longest), longest),
             *_updates(config, models, device, min(
@@ -67,8 +68,8 @@ def ppo_demand(config: PPOConfig, models: Models, device: Device, longest: int |
 
 
 def _rollout(
-    phase: str, needs: tuple[str, ...], config: PPOConfig, policy: ModelShape, device: Device,
-    longest: int, cache: dict[str, int],
+    phase: str, config: PPOConfig, policy: ModelShape, device: Device, longest: int,
+    passing: Mapping[str, int],
 ) -> list[Moment]:
     """Prefill in one pass, then decode a row per sequence."""
     num_rows = min(config.engine.max_batch_size, config.rollout_batch_size)
@@ -78,18 +79,19 @@ def _rollout(
     logits = sizes.sampling_bytes(policy.decoder, device.dtype, num_rows, device_type=device.type)
     logits += policy.joined_head_bytes(device.dtype)
     copies = sizes.copy_bytes(policy.decoder, device.dtype, device_type=device.type)
-    return [Moment(phase, needs, cache | {"scratch": copies, "activations": forward}),
-            Moment(phase, needs, cache | {"scratch": copies, "logits": logits})]
+    needs = NEEDS["rollout"]
+    return [Moment(phase, needs, {**passing, "scratch": copies, "activations": forward}),
+            Moment(phase, needs, {**passing, "scratch": copies, "logits": logits})]
 
 
 def _scoring(
     phase: str, config: PPOConfig, models: Models, device: Device, tokens: int, longest: int,
-    swapped: Mapping[str, int] = MappingProxyType({}), needs: tuple[str, ...] = (),
+    passing: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Moment]:
     """One model after the other; a language model makes logits, the others a number per token."""
     moments = []
-    for name, shape in (("policy", models.policy), ("reference", models.reference),
-                        ("critic", models.critic), ("reward_model", models.reward_model)):
+    for name in NEEDS[phase]:
+        shape: ModelShape | None = getattr(models, name, None)
         if shape is None:
             continue
         forward = sizes.forward_bytes(shape.decoder, device.dtype, tokens)
@@ -97,9 +99,9 @@ def _scoring(
             shape.decoder, device.dtype, _num_scored(config, tokens, longest))
         if name == "policy":
             scores += shape.joined_head_bytes(device.dtype)
-        needed = (*needs, name, *(trunk_owner(config, models) if name == "critic" else ()))
-        moments += [Moment(phase, needed, {**swapped, "activations": forward}),
-                    Moment(phase, needed, {**swapped, "logits": scores})]
+        needed = (name, *(trunk_owner(config, models) if name == "critic" else ()))
+        moments += [Moment(phase, needed, {**passing, "activations": forward}),
+                    Moment(phase, needed, {**passing, "logits": scores})]
     return moments
 
 
@@ -126,14 +128,14 @@ def _updates(
         *training("policy_update", "policy", policy.trained_language_model, policy, config, device,
                    tokens, sizes.loss_bytes(policy.decoder, dtype, num_scored,
                                             has_frozen_head=policy.has_frozen_head),
-                   () if config.ema_decay is None else ("ema",))]
+                   NEEDS["policy_update"])]
     if critic is None:
         return moments
     return [
         *moments,
         *training("critic_update", "critic", critic.trained_scalar_model, critic, config, device,
                    tokens, sizes.scalar_bytes(critic.decoder, dtype, tokens),
-                   trunk_owner(config, models))]
+                   (*NEEDS["critic_update"], *trunk_owner(config, models)))]
 
 
 def _evaluation(
@@ -143,14 +145,11 @@ def _evaluation(
     """Rollout and scores, with the average in place of the weights where that is judged."""
     if config.eval_steps is None:
         return []
-    tokens = min(tokens, config.num_eval_prompts * longest)
-    needs: tuple[str, ...] = ("policy",)
+    phase, tokens = "evaluation", min(tokens, config.num_eval_prompts * longest)
     swapped: dict[str, int] = {}
     if config.ema_decay is not None and config.eval_with_ema:
-        needs = ("policy", "ema")
         swapped = {"swapped": sizes.weight_bytes(models.policy.trained_language_model,
                                                  device.dtype)}
-    return [
-        *_rollout("evaluation", needs, config, models.policy, device, longest, cache | swapped),
-        *(moment for moment in _scoring("evaluation", config, models, device, tokens, longest,
-                                        swapped, needs) if "critic" not in moment.needs)]
+    return [*([Moment(phase, SWAP, swapped)] if swapped else ()),
+            *_rollout(phase, config, models.policy, device, longest, cache | swapped),
+            *_scoring(phase, config, models, device, tokens, longest, swapped)]

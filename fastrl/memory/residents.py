@@ -19,13 +19,16 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "policy_update": ("policy", "policy_gradients", "policy_optimizer", "ema", "activations",
                       "logits"),
     "critic_update": ("critic", "critic_gradients", "critic_optimizer", "activations"),
-    "evaluation": ("policy", "ema", "kv_cache", "reference", "reward_model"),
+    "evaluation": ("policy", "ema", "swapped", "kv_cache", "reference", "reward_model"),
 }
 """Phase of PPO -> residents that it needs, all or, where it says so, one after the other."""
 
-PARKABLE = frozenset({"policy", "policy_optimizer", "ema", "reference", "critic",
+SWAP = ("policy", "ema", "swapped")
+"""Parts of an evaluation that are needed while the average takes the place of the weights."""
+
+PARKABLE = frozenset({"policy", "policy_optimizer", "ema", "swapped", "reference", "critic",
                       "critic_optimizer", "reward_model"})
-"""Residents whose content outlives the phases that need it."""
+"""Residents whose content outlives the phases, or parts of them, that need it."""
 
 CONSTANT = frozenset({"reference", "reward_model"})
 """Residents that training never writes: parked again, they need no copy."""

@@ -34,7 +34,7 @@ def trained(
 
 def training(
     phase: str, name: str, numels: Sequence[int], shape: ModelShape, config: TrainConfig,
-    device: Device, tokens: int, loss: int, also: tuple[str, ...] = (), has_dropout: bool = False,
+    device: Device, tokens: int, loss: int, needs: tuple[str, ...] = (), has_dropout: bool = False,
 ) -> list[Moment]:
     """Backward through a model, then its optimiser step.
 
@@ -43,10 +43,10 @@ def training(
         numels: Of the weights that change.
         tokens: Of a microbatch.
         loss: Bytes of what the head makes.
-        also: What else the step needs on the device.
+        needs: Residents that have to be on the device; none: the model and its optimiser.
     """
     dtype = device.dtype
-    needs = (name, f"{name}_optimizer", *also)
+    needs = needs or (name, f"{name}_optimizer")
     gradients = {f"{name}_gradients": sizes.weight_bytes(numels, dtype)}
     activations = sizes.activation_bytes(
         shape.decoder, dtype, tokens, device_type=device.type,

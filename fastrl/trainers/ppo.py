@@ -155,7 +155,7 @@ class PPOTrainer:
                 value_head=critic.head if critic and config.critic_trunk == "policy" else None)
         self.residents.parts |= {
             "policy_optimizer": lambda: self.policy_learner.optimizer.state_dict().values(),
-            "ema": self.weights.averages}
+            "ema": self.weights.averages, "swapped": self.weights.swapped}
         self.critic_learner = None if critic is None else self._critic_learner(config, critic)
         self.evaluation = Evaluation(
             config, self.engine, policy, self.reference, scorer, self.weights, self.residents,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrl.config import PPOConfig
-from fastrl.memory.residents import Residents
+from fastrl.memory.residents import SWAP, Residents
 from fastrl.models.causal_lm import CausalLM
 from fastrl.models.lora import trained_parameters
 from fastrl.models.weights import save_causal_lm
@@ -44,6 +44,7 @@ class KeptWeights:
         self.policy, self.config, self.trained = policy, config, trained_parameters(policy)
         self.ema = None if config.ema_decay is None else EMA(self.trained, config.ema_decay)
         self.best: BestWeights | None = None
+        self._swapped: list[Tensor] = []
 
     def follow(self) -> None:
         """Move the average towards the present weights; once per optimiser step."""
@@ -54,25 +55,31 @@ class KeptWeights:
         """The average's tensors, none where there is no average."""
         return [] if self.ema is None else self.ema.averages
 
+    def swapped(self) -> list[Tensor]:
+        """The policy's own weights while the average is evaluated in their place, else none."""
+        return self._swapped
+
     @contextmanager
     def for_evaluation(self, residents: Residents) -> Iterator[None]:
         """Inside the block the policy has the weights that are judged: the average, or its own.
 
-        The average is in memory while it is copied only; the policy is there at the end.
+        The average and the policy's own weights are in memory while they are copied only, where
+        they may be parked; the policy is there at the end.
         """
         if self.ema is None or not self.config.eval_with_ema:
             yield
             return
-        with residents.phase("evaluation", "policy", "ema"):
-            kept = call_again(self._copies, "copy of the policy for an evaluation",
-                              advice="set eval_with_ema to false")
+        with residents.phase("evaluation", *SWAP):
+            self._swapped = call_again(self._copies, "copy of the policy for an evaluation",
+                                       advice="set eval_with_ema to false")
             self.ema.copy_to()
         try:
             yield
         finally:
-            with residents.phase("evaluation", "policy"), torch.no_grad():
-                for p, weight in zip(self.trained, kept, strict=True):
+            with residents.phase("evaluation", "policy", "swapped"), torch.no_grad():
+                for p, weight in zip(self.trained, self._swapped, strict=True):
                     p.copy_(weight)
+            self._swapped = []
 
     def _copies(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.trained]

@@ -30,6 +30,7 @@ def decoder(family: str = "llama", vocab_size: int = 1000) -> DecoderConfig:
 
 @pytest.mark.parametrize(("vocab_size", "rows", "chunk"), [
     (1000, 7, 2 * 7 * 1000 * 4),  # all rows are one chunk
+    (1000, 500, 2 * 500 * 1000 * 4),  # and take more than the head
     (2**20, 100, 2 * 6 * 4 * MIB),  # 6 rows of 4 MiB in 24 MiB
     (2**23, 100, 2 * 1 * 32 * MIB),  # one row is more than that
 ])

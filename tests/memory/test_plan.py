@@ -185,6 +185,18 @@ def test_evaluation_with_the_average_keeps_the_weights_aside() -> None:
     assert "swapped" not in plan.phases["evaluation"]
 
 
+def test_what_evaluation_swaps_out_waits_on_the_host_where_the_plan_parks() -> None:
+    """It is there while weights and average change places, and while nothing else is."""
+    average, weights = 4 * 8_030_261_248, 2 * 8_030_261_248
+    on = plan_ppo(PPOConfig(parking="on"), LLAMA_8B, gpu(2000 * GB))
+    assert {"swapped", "ema"} <= on.parks
+    assert on.phases["evaluation"] == {"policy": weights, "ema": average, "swapped": weights}
+    assert on.parked_bytes == sum(r.num_bytes for r in on.residents if r.is_kept) + weights
+    off = plan_ppo(PPOConfig(parking="off"), LLAMA_8B, gpu(2000 * GB))
+    assert off.phases["evaluation"]["swapped"] == weights and off.parked_bytes == 0
+    assert off.phases["evaluation"]["kv_cache"] == on.phases["rollout"]["kv_cache"]
+
+
 def test_tables_say_where_things_are() -> None:
     plan = plan_ppo(BIG, LLAMA_8B, gpu(80 * GB))
     rows = {name: rest for name, *rest in resident_rows(plan)}

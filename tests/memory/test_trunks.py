@@ -8,6 +8,7 @@ import torch
 
 from fastrl.config import EngineConfig, PPOConfig, SamplingConfig
 from fastrl.memory.plan import MemoryPlan
+from fastrl.memory.residents import NEEDS, PARKABLE
 from fastrl.memory.shapes import shape_named, with_adapters
 from fastrl.memory.stages import plan_ppo
 from fastrl.memory.training import Device
@@ -62,6 +63,22 @@ def test_the_head_on_the_policy_is_updated_with_it() -> None:
     warmup = plan(**settings, num_critic_warmup_iterations=3)
     assert warmup.phases["critic_update"]["activations"] == STATES
     assert warmup.phases["policy_update"] == plan(**settings).phases["policy_update"]
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"critic_trunk": "reward"}, {"critic_trunk": "policy", "critic_init": "policy"},
+    {"reference": "none", "kl_coef": 0.0}])
+def test_a_plan_has_in_each_phase_what_the_trainer_brings_there(settings: dict[str, Any]) -> None:
+    """Of what may be parked, and no more; a joint critic's head is never parked in an update."""
+    config = dataclasses.replace(CONFIG, parking="on", eval_steps=5, ema_decay=0.9, **settings)
+    whole = plan_ppo(config, LLAMA_8B, Device("cuda", 1000 * GB, torch.bfloat16))
+    phases = {phase: {r.name for r in whole.residents if phase in r.phases} for phase in NEEDS}
+    for phase, needed in NEEDS.items():
+        is_joint = config.critic_trunk == "policy" and phase == "policy_update"
+        present = set(needed) & {r.name for r in whole.residents}
+        present |= {"critic"} if is_joint else set()
+        if phase in whole.phases:
+            assert phases[phase] & PARKABLE == present & PARKABLE, phase
 
 
 def test_fewer_models_fit_where_four_have_to_park() -> None:
