@@ -87,7 +87,7 @@ def test_a_folder_is_planned_for_this_machine(
     (["--table", "recipe.yaml"], "expected --table alone"),
     (["--table", "--gpu-memory", "24GB"], "expected --table alone"),
     (["--table", "--ppo.kl_coef=0"], "expected --table alone"),
-    ([], "expected pretrain, sft, reward, ppo, dpo, a recipe or --table, got nothing"),
+    ([], "expected pretrain, sft, reward, ppo, grpo, rloo, dpo, a recipe or --table, got nothing"),
 ])
 def test_mistakes_are_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]
                             ) -> None:
