@@ -29,15 +29,19 @@ ALLOWED_SPILLS: dict[tuple[str, int], int] = {
     ("_packed_attention_fwd_kernel", 100): 8,
     **{("_packed_attention_dquery_kernel", arch): 240 for arch in ARCHITECTURES},
     ("_packed_attention_dkey_kernel", 80): 8, ("_packed_attention_dkey_kernel", 100): 24,
-    # prefix_attention: as packed_attention; in float32 dk and dv too, below the limit of registers.
-    ("_prefix_attention_fwd_kernel", 80): 72, ("_prefix_attention_fwd_kernel", 100): 8,
-    ("_prefix_attention_dkey_kernel", 80): 24, ("_prefix_attention_dkey_kernel", 90): 16,
-    ("_prefix_attention_dkey_kernel", 100): 16,
-    # paged_attention: the same, and the addresses of keys; on sm_90 in float32 alone. Of prefixes
-    # on sm_100: which rows of the tile exist, until they are stored.
-    ("_paged_attention_prefix_kernel", 100): 40,
-    ("_paged_attention_fwd_kernel", 80): 112, ("_paged_attention_fwd_kernel", 90): 24,
-    ("_paged_attention_fwd_kernel", 100): 16,
+    # prefix_attention: as packed_attention, dquery in float32 at 256 channels too, where twice the
+    # warps spill five times as much; dk and dv below the limit of registers, in float32 and, at 16
+    # channels, in half precision.
+    ("_prefix_attention_fwd_kernel", 80): 112, ("_prefix_attention_fwd_kernel", 100): 16,
+    **{("_prefix_attention_dquery_kernel", arch): 184 for arch in ARCHITECTURES},
+    ("_prefix_attention_dkey_kernel", 80): 40, ("_prefix_attention_dkey_kernel", 90): 16,
+    ("_prefix_attention_dkey_kernel", 100): 24,
+    # paged_attention: the same, and the addresses of keys, with pages of one token one for each
+    # (half precision, 128 channels: up to 136); most in float32 at 256 channels where the sums of
+    # the launch over the prefix come in. Of prefixes: which rows of the tile exist, until stored.
+    **{("_paged_attention_fwd_kernel", arch): 248 for arch in ARCHITECTURES},
+    ("_paged_attention_prefix_kernel", 80): 40, ("_paged_attention_prefix_kernel", 90): 8,
+    ("_paged_attention_prefix_kernel", 100): 64,
 }
 """(kernel, architecture) -> bytes of stack a thread may use, each with the reason beside it."""
 READS_ADDRESSES = {"_adamw_kernel", "_squares_kernel"}
