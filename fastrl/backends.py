@@ -107,6 +107,8 @@ def choose(
         ConfigError: when there is no backend of that name.
     """
     requested = _requested(backend)
+    if requested == "auto" and device_type == "cpu" and (op, device_type, dtype) in _chosen:
+        return "torch"  # auto takes nothing else there, and a decode step asks 30 times
     too_big = dict(limits)
 
     def refusal_of(name: str, interpreted: bool) -> _Refusal | None:

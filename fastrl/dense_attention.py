@@ -6,11 +6,13 @@ Shape letters as there; b sequences of a group, q query tokens of each.
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastrl.environment import checks_values
+from fastrl.paged_plan import PagedGroup, PagedPlan
 
 CPU_LENGTH_UNIT = 16
 """The dense CPU kernel takes exponentials 16 keys at a time and the last few of a row one by one,
@@ -29,52 +31,6 @@ last bits than those of a whole prompt."""
 def whole_units(length: int, device: torch.device) -> int:
     """Tokens that a sequence of `length` is padded to for the dense kernel."""
     return -(-length // CPU_LENGTH_UNIT) * CPU_LENGTH_UNIT if device.type == "cpu" else length
-
-
-@dataclass(frozen=True, slots=True)
-class PagedGroup:
-    """Sequences of one shape, taken in one dense call."""
-
-    rows_q: Tensor
-    """[b * q] int64, their rows of the query."""
-    length_q: int
-    """q, query tokens of each."""
-    is_prompt: bool
-    """The query tokens are all there is in the cache."""
-    kv_lens: Tensor
-    """[b] int64."""
-    pages: Tensor
-    """[b * pages] int64, page 0 where a sequence has none."""
-    in_place: slice | None
-    """The pages, where each sequence has one and keys and values are read where they lie."""
-    num_rows: int
-    """Query rows of the dense call for each KV head (of a prompt: for each query head)."""
-    num_slots: int
-    """S, cached tokens of the dense call."""
-    first_unwritten: int
-    """The first slot that some sequence has not written."""
-    unwritten: Tensor
-    """[b, S - first_unwritten, 1, 1] bool."""
-    masks: dict[int | None, Tensor] = field(default_factory=dict)
-    """By window: [b, 1, num_rows, S], 0 where a row may see a slot, else -inf."""
-
-
-@dataclass(slots=True)
-class PagedPlan:
-    """What the layers of one pass share. Made empty; the first layer fills it."""
-
-    slots_are_finite: bool = False
-    """No slot of the pages holds NaN or infinity, written or not. Then a CPU reads keys and values
-    of sequences that have one page where they lie."""
-    is_exact: bool = False
-    """On a CPU, float32 rows over at most 256 tokens get the bits of packed_attention: for heads
-    without others beside them, up to half more time."""
-    groups: list[PagedGroup] | None = None
-    """Of the torch path."""
-    is_one_group: bool = False
-    """There is one group, of all rows in their order."""
-    tables: dict[str, Tensor] = field(default_factory=dict)
-    """Of flash_attn: lengths and pages as it takes them."""
 
 
 def visible_keys(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
@@ -96,6 +52,7 @@ def attend_dense(
         [N, Hq, C], rows of zeros where nothing is cached.
     """
     if plan.groups is None:
+        plan.is_settled = query.is_cpu and not checks_values() and not torch.is_grad_enabled()
         plan.groups = list(_groups(query, kv_pages, page_table, kv_lens, cu_seqlens_q,
                                    max_seqlen_q, plan))
         every_row = torch.arange(len(query), device=query.device)
@@ -202,12 +159,14 @@ def slots_read(kv_len: int) -> int:
 
 def _gather(kv_pages: Tensor, layer: int, group: PagedGroup) -> tuple[Tensor, Tensor]:
     """Keys and values [b, S, Hk, C] of a group, 0 past the length of a sequence."""
-    sides = []
     page_slots = min(kv_pages.shape[3], group.num_slots)
+    if group.in_place is not None:
+        if not group.layers:
+            group.layers.extend(kv_pages[group.in_place, :, :, :page_slots].unbind(1))
+        key, value = group.layers[layer].unbind(1)
+        return key, value
+    sides = []
     for side in (0, 1):
-        if group.in_place is not None:
-            sides.append(kv_pages[group.in_place, layer, side, :page_slots])
-            continue
         gathered = kv_pages[:, layer, side, :page_slots].index_select(0, group.pages)
         gathered = gathered.view(len(group.kv_lens), -1, *gathered.shape[2:])[:, :group.num_slots]
         # A slot that was never written may hold NaN, and 0 * NaN would reach the sum over values.
@@ -245,8 +204,15 @@ def _attend_last(
     # The query heads of a KV head stand beside each other as if they were query tokens.
     query = query.view(batch_size, length, num_kv_heads, num_shared, channels)
     query = query.permute(0, 2, 3, 1, 4).flatten(2, 3)
+    num_rows = query.shape[2]
+    if num_rows < group.num_rows:
+        if not group.padded:
+            group.padded.append(F.pad(query, (0, 0, 0, group.num_rows - num_rows)))
+        else:
+            group.padded[0].narrow(2, 0, num_rows).copy_(query)
+        query = group.padded[0]
     out = _dense(query, key, value, group.masks[window], group.num_rows, scale)
-    out = out.reshape(batch_size, num_kv_heads, num_shared, length, channels)
+    out = out.narrow(2, 0, num_rows).reshape(batch_size, num_kv_heads, num_shared, length, channels)
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
@@ -291,11 +257,13 @@ def _dense(
     batch_size, _, length, channels = query.shape
     if channels % 4:
         query, key, value = (F.pad(x, (0, -channels % 4)) for x in (query, key, value))
-    query = F.pad(query, (0, 0, 0, num_rows - length))
+    if length < num_rows:
+        query = F.pad(query, (0, 0, 0, num_rows - length))
     if query.shape[0] * query.shape[1] == 1:  # a single product would be cut among the threads
         query, key, value = (x.expand(2, -1, -1, -1) for x in (query, key, value))
     out = F.scaled_dot_product_attention(
         query, key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask, is_causal=mask is None,
         scale=scale, enable_gqa=query.shape[1] != key.shape[2],
     )
-    return out[:batch_size, :, :length, :channels]
+    return out if out.shape == (batch_size, query.shape[1], length, channels) else out[
+        :batch_size, :, :length, :channels]

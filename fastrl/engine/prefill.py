@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrl.dense_attention import PagedPlan
 from fastrl.engine.batch import send, upload
 from fastrl.engine.cache import KVCache
 from fastrl.models import CausalLM, PagedAttention
+from fastrl.paged_plan import PagedPlan
 
 
 def compute_prompts(

@@ -7,13 +7,13 @@ The same code runs eagerly and inside a CUDA graph. Shape letters: R rows, D wid
 import torch
 from torch import Tensor
 
-from fastrl.dense_attention import PagedPlan
 from fastrl.engine.batch import DecodeBatch, RecentTokens
 from fastrl.engine.cache import KVCache
 from fastrl.engine.settings import Settings
 from fastrl.models import CausalLM, PagedAttention
 from fastrl.models.heads import project_logits
 from fastrl.ops.paged_attention import SharedPrefixes
+from fastrl.paged_plan import PagedPlan
 
 
 class DeviceStep:

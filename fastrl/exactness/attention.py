@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastrl.dense_attention import PagedPlan
 from fastrl.models import DecoderConfig
 from fastrl.ops import packed_attention, paged_attention, prefix_attention, write_kv
 from fastrl.ops.paged_attention import SharedPrefixes
+from fastrl.paged_plan import PagedPlan
 
 LENGTHS = (1, 17, 33, 100, 250)
 SHARED = ((16, (1, 9)), (70, (30, 1, 7)), (160, (45, 80)))

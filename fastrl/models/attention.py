@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastrl.dense_attention import PagedPlan
 from fastrl.ops import (
     packed_attention,
     paged_attention,
@@ -25,6 +24,7 @@ from fastrl.ops import (
 )
 from fastrl.ops.paged_attention import SharedPrefixes
 from fastrl.packing import PackedBatch
+from fastrl.paged_plan import PagedPlan
 
 
 class Attention(Protocol):
@@ -154,7 +154,7 @@ class PagedAttention:
         window: int | None = None,
     ) -> Tensor:
         """[N, Hq, C]; no gradient. See `Attention`."""
-        write_kv(key, value, self.kv_pages, layer, self.slot_mapping)
+        write_kv(key, value, self.kv_pages, layer, self.slot_mapping, plan=self.plan)
         return self._attend(layer, query, scale, window)
 
     def from_projections(
@@ -166,7 +166,7 @@ class PagedAttention:
         q_weight, k_weight = projections.norm_weights or (None, None)
         query = rotary_write_kv(
             heads, self.kv_pages, layer, self.slot_mapping, cos=cos, sin=sin, q_weight=q_weight,
-            k_weight=k_weight, epsilon=projections.epsilon)
+            k_weight=k_weight, epsilon=projections.epsilon, plan=self.plan)
         return self._attend(layer, query, scale, window)
 
     def _attend(self, layer: int, query: Tensor, scale: float, window: int | None) -> Tensor:

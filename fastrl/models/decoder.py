@@ -186,6 +186,10 @@ class DecoderLayer(nn.Module):
         return dropout(self.mlp(normed)), stream
 
 
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
 class Decoder(nn.Module):
     """Embedding, layers and final norm: `(token_ids [N], positions [N], attention) -> [N, D]`.
 
@@ -216,7 +220,8 @@ class Decoder(nn.Module):
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
         cos_sin = None if self.rotary is None else self.rotary(positions, x.dtype)
-        dropout = partial(F.dropout, p=self.residual_dropout, training=self.training)
+        drops = self.training and self.residual_dropout > 0
+        dropout = partial(F.dropout, p=self.residual_dropout) if drops else _unchanged
         stream = None
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:

@@ -16,6 +16,7 @@ from fastrl.environment import checks_values
 from fastrl.errors import ShapeError
 from fastrl.ops.norm import rms_norm_reference
 from fastrl.ops.rotary import check_angles, check_head_weights, rotate
+from fastrl.paged_plan import PagedPlan, Places
 
 # Order by measurement; no GPU result yet, so "auto" keeps the proven path.
 PREFERENCE = ("torch", "triton", "cuda")
@@ -145,7 +146,7 @@ def _check_copy(kv_pages: Tensor, sources: Tensor, targets: Tensor) -> None:
 
 def write_kv(
     key: Tensor, value: Tensor, kv_pages: Tensor, layer: int, slot_mapping: Tensor, *,
-    backend: str | None = None,
+    plan: PagedPlan | None = None, backend: str | None = None,
 ) -> None:
     """Write one key and one value per token into the cache, in place.
 
@@ -156,6 +157,7 @@ def write_kv(
         kv_pages: [num_pages, L, 2, page_size, Hk, C], contiguous, changed in place. No gradient.
         layer: Index into L.
         slot_mapping: [N] int64, slots without repetition; -1 writes nothing.
+        plan: One object for all layers of a pass; see paged_attention.
         backend: See fastrl.backends.
     Raises:
         ShapeError: when shapes or dtypes do not fit together.
@@ -169,6 +171,9 @@ def write_kv(
         >>> int(pages[1, 0, 0, 2]), int(pages.sum())
         (1, 2)
     """
+    if plan is not None and plan.is_settled and plan.places is not None:
+        _write_kv_places(key, value, kv_pages, layer, plan.places)
+        return
     _check(key, value, kv_pages, layer, slot_mapping)
     name = choose("write_kv", "kv_cache", PREFERENCE, key.device.type, key.dtype, backend)
     if name == "triton":
@@ -180,22 +185,29 @@ def write_kv(
 
         cuda_kv_cache.write_kv(key, value, kv_pages, layer, slot_mapping)
     else:
-        _write_kv_torch(key.detach(), value.detach(), kv_pages, layer, slot_mapping)
+        _write_kv_torch(key.detach(), value.detach(), kv_pages, layer, slot_mapping, plan)
 
 
 def _write_kv_torch(
-    key: Tensor, value: Tensor, kv_pages: Tensor, layer: int, slot_mapping: Tensor
+    key: Tensor, value: Tensor, kv_pages: Tensor, layer: int, slot_mapping: Tensor,
+    plan: PagedPlan | None,
 ) -> None:
     if not kv_pages.is_cpu:
         _write_kv_unseen(key, value, kv_pages, layer, slot_mapping)
         return
-    if (slot_mapping < 0).any():
-        rows = (slot_mapping >= 0).nonzero().squeeze(-1)
-        key, value, slot_mapping = key[rows], value[rows], slot_mapping[rows]
-    page_size = kv_pages.shape[3]
-    pages, offsets = slot_mapping // page_size, slot_mapping % page_size
-    kv_pages[:, layer, 0].index_put_((pages, offsets), key)
-    kv_pages[:, layer, 1].index_put_((pages, offsets), value)
+    places = Places.of(slot_mapping, kv_pages.shape[3])
+    if plan is not None:
+        plan.places = places
+    _write_kv_places(key, value, kv_pages, layer, places)
+
+
+def _write_kv_places(
+    key: Tensor, value: Tensor, kv_pages: Tensor, layer: int, places: Places
+) -> None:
+    if places.rows is not None:
+        key, value = key[places.rows], value[places.rows]
+    for side, x in zip(kv_pages.select(1, layer).unbind(1), (key, value), strict=True):
+        side.index_put_((places.pages, places.offsets), x)
 
 
 def _write_kv_unseen(
@@ -221,7 +233,8 @@ def _write_kv_unseen(
 def rotary_write_kv(
     heads: Tensor, kv_pages: Tensor, layer: int, slot_mapping: Tensor, *,
     cos: Tensor | None = None, sin: Tensor | None = None, q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None, epsilon: float = 0.0, backend: str | None = None,
+    k_weight: Tensor | None = None, epsilon: float = 0.0, plan: PagedPlan | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """From the merged projections: norms and rotation of queries and keys, then `write_kv`.
 
@@ -237,6 +250,7 @@ def rotary_write_kv(
         cos, sin: [N, 1, R/2], dtype of heads; None: nothing turns.
         q_weight, k_weight: [C] each, dtype of heads; None: no norms.
         epsilon: Added to the mean square.
+        plan: One object for all layers of a pass; see paged_attention.
         backend: See fastrl.backends.
     Returns:
         [N, Hq, C], the queries; a view where memory allows it.
@@ -254,6 +268,10 @@ def rotary_write_kv(
         >>> pages.flatten().tolist()
         [-2.0, 0.0, 5.0, 6.0]
     """
+    if plan is not None and plan.is_settled and plan.places is not None:
+        turned, value = _turn(heads, kv_pages.shape[4], cos, sin, q_weight, k_weight, epsilon)
+        _write_kv_places(turned[:, -value.shape[1]:], value, kv_pages, layer, plan.places)
+        return turned[:, :-value.shape[1]]
     _check_heads(heads, kv_pages, layer, slot_mapping, cos, sin, q_weight, k_weight)
     name = choose("rotary_write_kv", "kv_cache", PREFERENCE, heads.device.type, heads.dtype,
                   backend)
@@ -269,7 +287,8 @@ def rotary_write_kv(
                                              q_weight, k_weight, epsilon)
     turned, value = _turn(heads, kv_pages.shape[4], cos, sin, q_weight, k_weight, epsilon)
     turned, value = turned.detach(), value.detach()
-    _write_kv_torch(turned[:, -value.shape[1]:], value, kv_pages, layer, slot_mapping)
+    _write_kv_torch(turned[:, -value.shape[1]:], value, kv_pages, layer, slot_mapping,
+                    plan)
     return turned[:, :-value.shape[1]]
 
 

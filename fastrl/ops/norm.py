@@ -22,8 +22,8 @@ PREFERENCE = ("torch", "triton")
 def rms_norm_reference(x: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
     """rms_norm in plain torch, with the casts of transformers' Llama."""
     wide = x.to(wide_dtype(x.dtype))
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return weight * normed.to(x.dtype)
+    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+    return weight * normed if torch.is_grad_enabled() else normed.mul_(weight)
 
 
 def add_rms_norm_reference(
@@ -55,16 +55,20 @@ def _check(
                          f"{list(weight.shape)}")
     if not x.is_floating_point():
         check_float(op, x=x)
-    for name, tensor, like in (("weight", weight, weight), ("bias", bias, weight),
-                               ("residual", residual, x)):
-        if tensor is None:
-            continue
-        if tensor.dtype != x.dtype or (tensor is not like and tensor.shape != like.shape):
-            raise ShapeError(f"{op}: expected {name} {list(like.shape)} in {x.dtype}, the type of "
-                             f"x, got {list(tensor.shape)} in {tensor.dtype}")
-        if tensor.device != x.device:
-            check_device(op, {"x": x, name: tensor})
+    _check_like(op, x, "weight", weight, weight.shape)
+    if bias is not None:
+        _check_like(op, x, "bias", bias, weight.shape)
+    if residual is not None:
+        _check_like(op, x, "residual", residual, x.shape)
     check_values(op, x=x)
+
+
+def _check_like(op: str, x: Tensor, name: str, tensor: Tensor, shape: torch.Size) -> None:
+    if tensor.dtype != x.dtype or tensor.shape != shape:
+        raise ShapeError(f"{op}: expected {name} {list(shape)} in {x.dtype}, the type of "
+                         f"x, got {list(tensor.shape)} in {tensor.dtype}")
+    if tensor.device != x.device:
+        check_device(op, {"x": x, name: tensor})
 
 
 def rms_norm(

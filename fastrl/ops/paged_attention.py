@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fastrl.backends import choose
 from fastrl.checks import check_device, check_values
-from fastrl.dense_attention import PagedPlan, attend_dense, visible_keys
+from fastrl.dense_attention import attend_dense, visible_keys
 from fastrl.environment import checks_values
 from fastrl.errors import ShapeError
 from fastrl.ops.packed_attention import kernel_limits
+from fastrl.paged_plan import PagedPlan
 
 # Triton first on a GPU, before any has measured it: the torch path asks the device for lengths in
 # every pass, so a decode step waits for it and no CUDA graph can hold one. flash_attn comes second:
@@ -192,7 +193,8 @@ def paged_attention(
         prefixes: What may be read once for several sequences of a decode step. No bit of the
             result depends on it. Triton reads once what it can; the others read the table of each.
         plan: One object for all layers of a pass, so that the first does for all of them what
-            depends on the arguments other than query, layer, scale and window. Triton needs none.
+            depends on the arguments other than query, layer, scale and window, checks and the
+            choice of torch included. Triton needs none.
         backend: See fastrl.backends.
     Returns:
         [N, Hq, C], dtype of query. No gradient.
@@ -209,6 +211,9 @@ def paged_attention(
         ...                 torch.tensor([0, 1]), max_seqlen_q=1, max_kv_len=1, scale=1.0)
         tensor([[[1., 1.]]])
     """
+    if plan is not None and plan.is_settled:
+        return attend_dense(query, kv_pages, layer, page_table, kv_lens, cu_seqlens_q, max_seqlen_q,
+                            scale, window, plan)
     _check(query, kv_pages, layer, page_table, kv_lens, cu_seqlens_q, max_seqlen_q, max_kv_len,
            window, prefixes)
     name = choose("paged_attention", "paged_attention", PREFERENCE, query.device.type, query.dtype,

@@ -22,18 +22,18 @@ PREFERENCE = ("torch", "triton")
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the first R channels of x [N, H, C], pairing channel i with channel i + R/2."""
     half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    rest = x[..., 2 * half:]
     needs_gradient = x.requires_grad and torch.is_grad_enabled()
-    # The same sums without two more copies; a compiler takes no part of a tensor as `out`.
-    if not needs_gradient and not torch.compiler.is_compiling():
-        turned = x.new_empty(x.shape)
-        torch.mul(first, cos, out=turned[..., :half])
-        torch.mul(second, cos, out=turned[..., half:2 * half])
-        turned[..., :half].sub_(second * sin)
-        turned[..., half:2 * half].add_(first * sin)
-        turned[..., 2 * half:] = rest
-        return turned
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    if needs_gradient or torch.compiler.is_compiling():
+        first, second = x[..., :half], x[..., half:2 * half]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    # The same sums, both halves in one call.
+    pairs = x[..., :2 * half].view(*x.shape[:-1], 2, half)
+    turned, crossed = pairs * cos[:, :, None], pairs * sin[:, :, None]
+    turned[..., 0, :].sub_(crossed[..., 1, :])
+    turned[..., 1, :].add_(crossed[..., 0, :])
+    turned = turned.flatten(-2)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
 def rotary_reference(

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrl.dense_attention import PagedPlan
 from fastrl.ops import packed_attention, paged_attention, write_kv
+from fastrl.paged_plan import PagedPlan
 
 PAGE_SIZE = 16
 # One token, around the unit of 16, around blocks of 32 and 64 rows; the last for prompts alone:

@@ -11,6 +11,7 @@ from fastrl.ops.kv_cache import (
     rotary_write_kv_reference,
     write_kv_reference,
 )
+from fastrl.paged_plan import PagedPlan
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -22,6 +23,23 @@ def test_equals_reference_and_leaves_the_rest_alone(slots: list[int], dtype: tor
     write_kv(key, value, pages, 1, torch.tensor(slots))
     write_kv_reference(key, value, expected, 1, torch.tensor(slots))
     assert torch.equal(pages, expected)
+
+
+@pytest.mark.parametrize("slots", [[0, 5, 19, 7], [-1, 3, -1, 4]], ids=str)
+def test_layers_of_one_pass_write_to_the_places_that_the_first_found(slots: list[int]) -> None:
+    heads, pages = torch.randn(2, 4, 5, 6), torch.randn(5, 2, 2, 4, 2, 6)
+    expected, plan = pages.clone(), PagedPlan(is_settled=True)
+    angles = {"cos": torch.randn(4, 1, 2), "sin": torch.randn(4, 1, 2)}
+    for layer in (0, 1):
+        query = rotary_write_kv(heads[layer], pages, layer, torch.tensor(slots), **angles,
+                                plan=plan)
+        torch.testing.assert_close(query, rotary_write_kv_reference(
+            heads[layer], expected, layer, torch.tensor(slots), **angles), rtol=0, atol=0)
+        write_kv(heads[layer, :, :2], heads[layer, :, 2:4], pages, layer,
+                 torch.tensor(slots).flip(0), plan=plan)  # the plan counts
+        write_kv_reference(heads[layer, :, :2], heads[layer, :, 2:4], expected, layer,
+                           torch.tensor(slots))
+        assert torch.equal(pages, expected)
 
 
 def test_golden_layout() -> None:

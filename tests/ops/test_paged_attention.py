@@ -1,5 +1,6 @@
 """paged_attention against its per-sequence reference and against packed_attention."""
 
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +11,6 @@ import torch
 from fastrl_kernels.flash import paged_attention as flash
 from torch import Tensor
 
-from fastrl.dense_attention import PagedPlan
 from fastrl.errors import BackendUnavailableError, ShapeError
 from fastrl.ops.packed_attention import packed_attention
 from fastrl.ops.paged_attention import (
@@ -19,6 +19,7 @@ from fastrl.ops.paged_attention import (
     paged_attention,
     paged_attention_reference,
 )
+from fastrl.paged_plan import PagedPlan
 
 PAGE_SIZE = 4
 
@@ -346,3 +347,22 @@ def test_a_group_whose_sequence_ends_in_the_shared_pages_is_found(
     inputs["kv_lens"][1] = 8
     with pytest.raises(ShapeError, match="and to have more tokens or none, got lengths"):
         paged_attention(**inputs)
+
+
+def test_layers_after_the_first_check_and_choose_nothing_unless_values_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, chosen = importlib.import_module("fastrl.ops.paged_attention"), []
+    choose = module.choose
+    monkeypatch.setattr(module, "choose", lambda *args: chosen.append(args) or choose(*args))
+    inputs = _one_page_each([9, 40, 33], [0, 1, 2])
+    with torch.no_grad():
+        for check, count in (("0", 1), ("1", 3)):
+            monkeypatch.setenv("FASTRL_CHECK", check)
+            plan = PagedPlan(slots_are_finite=True)
+            chosen.clear()
+            outs = [paged_attention(**inputs | {"layer": layer}, plan=plan) for layer in (0, 1, 0)]
+            assert len(chosen) == count
+            assert torch.equal(outs[0], outs[2]) and not torch.equal(outs[0], outs[1])
+            torch.testing.assert_close(
+                outs[1], paged_attention_reference(**inputs | {"layer": 1}))
