@@ -21,7 +21,7 @@ from fastrl.backends import choose
 from fastrl.checks import wide_dtype
 from fastrl.models import CausalLM
 from fastrl.models.by_input import by_input as stored_by_input
-from fastrl.models.by_input import is_small, matrices
+from fastrl.models.by_input import by_tile, is_small, matrices, tile_columns
 from fastrl.models.heads import LMHead, project_logits
 from fastrl.models.linear import Linear
 from fastrl.ops.linear import PREFERENCE, linear
@@ -236,21 +236,26 @@ def smallest_invariant_rows(
         shape: (outputs, inputs) of the weight.
         dtype: Of weight and rows.
         num_threads: Threads of the matrix library; part of the key of the cached answer.
-        by_input: The rows are multiplied with a copy stored by input, the many with the weight.
+        by_input: The rows are multiplied with a copy stored by input, and with one in tiles where
+            the LM head has such, the many with the weight.
     Returns:
         The count, or None where the largest one tried is not enough.
     Cost: about 300 rows times the weight, once per process.
     """
     outputs, inputs = shape
     generator = torch.Generator().manual_seed(0)
-    weight = torch.rand(min(outputs, MAX_OUTPUTS), inputs, generator=generator) - 0.5
+    columns = tile_columns(outputs) if by_input else 0
+    outputs = min(outputs, MAX_OUTPUTS // max(1, columns) * max(1, columns))
+    weight = torch.rand(outputs, inputs, generator=generator) - 0.5
     rows = torch.rand(MANY_ROWS, inputs, generator=generator) - 0.5
     weight, rows = weight.to(dtype), rows.to(dtype)
     with torch.no_grad():
         many = F.linear(rows, weight)
-        weight = stored_by_input(weight) if by_input else weight
+        multiply = [partial(F.linear, weight=stored_by_input(weight) if by_input else weight)]
+        if columns:
+            multiply.append(partial(project_logits, weight=by_tile(weight, columns)))
         return _first_of_equal_run(
-            (count, torch.equal(F.linear(rows[:count], weight), many[:count]))
+            (count, all(torch.equal(by(rows[:count]), many[:count]) for by in multiply))
             for count in (MANY_ROWS, *ROW_COUNTS))
 
 

@@ -23,6 +23,7 @@ def project_logits(
     """[R, V] logits, computed in float32 at least, of hidden [R, D] under weight [V, D].
 
     Args:
+        weight: On a CPU also [tiles, D, W], V / W tiles of W columns each.
         out: [at least R, V], memory for the result. A CPU that takes fresh memory for so large a
             tensor in every step spends as long on that as on the product.
         keeps_rows: As in `fastrl.ops.linear_logprobs`.
@@ -41,8 +42,20 @@ def project_logits(
                 torch.mm(hidden[rows], weight.t(), out_dtype=wide, out=logits[rows])
     else:
         out = None if out is None else out[: len(hidden)]
-        logits = torch.mm(hidden.to(wide), weight.to(wide).t(), out=out)
+        if weight.dim() == 3:
+            logits = _project_by_tile(hidden, weight, out)
+        else:
+            logits = torch.mm(hidden.to(wide), weight.to(wide).t(), out=out)
     return logits if bias is None else logits.add_(bias)
+
+
+def _project_by_tile(hidden: Tensor, tiles: Tensor, out: Tensor | None) -> Tensor:
+    """[R, V] from hidden [R, D] and tiles [V / W, D, W] of its type."""
+    num_tiles, _, columns = tiles.shape
+    logits = hidden.new_empty(len(hidden), num_tiles * columns) if out is None else out
+    for part, tile in zip(torch.split(logits, columns, dim=1), tiles.unbind(), strict=True):
+        torch.mm(hidden, tile, out=part)
+    return logits
 
 
 KEEPS_ROWS = (project_logits, linear_logprobs, linear_policy_loss)

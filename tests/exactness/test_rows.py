@@ -16,6 +16,8 @@ from fastrl.exactness.rows import (
 )
 from fastrl.models import CausalLM, DecoderConfig, new_decoder
 from fastrl.models.by_input import by_input as stored_by_input
+from fastrl.models.by_input import by_tile, tile_columns
+from fastrl.models.heads import project_logits
 
 
 def _model(**changes: int) -> CausalLM:
@@ -74,7 +76,7 @@ def test_rows_are_counted_for_weights_as_they_are_stored(
     assert len(asked) >= 5 and set(asked) == {by_input}
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (512, 64), (53, 20)])
+@pytest.mark.parametrize("shape", [(64, 64), (512, 64), (53, 20), (9600, 32)])
 def test_rows_of_copies_have_the_bits_of_the_weights_from_the_count_found(
     shape: tuple[int, int]
 ) -> None:
@@ -82,16 +84,24 @@ def test_rows_of_copies_have_the_bits_of_the_weights_from_the_count_found(
     assert count is not None
     weight, rows = torch.randn(shape), torch.randn(300, shape[1])
     copy, many = stored_by_input(weight), F.linear(rows, weight)
+    columns = tile_columns(shape[0])
+    assert bool(columns) == (shape[0] > 500)
     for num_rows in (count, count + 1, count + 5, 31, 64, 100, 299):
         assert torch.equal(F.linear(rows[:num_rows], copy), many[:num_rows])
+        if columns:
+            by_tiles = project_logits(rows[:num_rows], by_tile(weight, columns))
+            assert torch.equal(by_tiles, many[:num_rows])
 
 
+@pytest.mark.parametrize("copy", ["stored_by_input", "by_tile"])
 def test_copies_are_left_out_where_their_products_have_other_bits(
-    monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, copy: str
 ) -> None:
-    model = _model()
+    model = _model(vocab_size=256)
+    smallest_invariant_rows.cache_clear()
     assert multiplies_by_input(model)
-    monkeypatch.setattr(exactness, "stored_by_input", lambda weight: weight * (1 + 2**-20))
+    make = getattr(exactness, copy)
+    monkeypatch.setattr(exactness, copy, lambda *args: make(*args) * (1 + 2**-20))
     smallest_invariant_rows.cache_clear()
     assert not multiplies_by_input(model)
     smallest_invariant_rows.cache_clear()

@@ -52,13 +52,39 @@ def test_products_take_copies_in_a_call_and_the_weights_are_back_after_it(
     assert model.lm_head.weight is model.get_parameter("backbone.embed.weight")
 
 
+@pytest.mark.parametrize(("outputs", "num_threads", "columns"), [
+    (32000, 1, 320), (32000, 2, 3200), (128256, 1, 256), (50257, 1, 0), (112, 1, 0), (128, 2, 128)])
+def test_tiles_divide_the_head(
+    monkeypatch: pytest.MonkeyPatch, outputs: int, num_threads: int, columns: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    assert by_input.tile_columns(outputs) == columns
+
+
+def test_tiles_give_the_responses_that_the_weights_give(
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = new_decoder(replace(model.backbone.config, vocab_size=640), 0)
+    prompts = [[i, 600 + i] for i in range(9)]
+    with monkeypatch.context() as context:
+        seen = _watch(context)
+        rollout = Engine(model).generate(prompts, SAMPLING)
+    assert sum(tuple(w.shape) == (320, 24) for w in seen) >= 2 * 8  # outputs, inputs of a tile
+    monkeypatch.setattr(by_input, "tile_columns", lambda outputs: 0)
+    plain = Engine(model).generate(prompts, SAMPLING)
+    assert torch.equal(rollout.response_ids, plain.response_ids)
+    assert torch.equal(rollout.rollout_logprobs, plain.rollout_logprobs)
+    assert len(rollout.response_ids.unique()) > 20
+
+
 def test_copies_are_dropped_at_the_end_of_a_call(model: CausalLM) -> None:
     engine = Engine(model)
     engine.generate([[1, 2]], SAMPLING)
     gc.collect()
     held = [o for o in gc.get_objects() if isinstance(o, nn.Parameter) and o.dim() == 2
             and o.shape in {w.weight.shape for w in matrices(model)} and o.stride(0) == 1]
-    assert not held
+    assert not held and not [o for o in gc.get_objects()
+                             if isinstance(o, nn.Parameter) and o.dim() == 3]
 
 
 def test_the_weights_are_back_when_a_step_fails(model: CausalLM) -> None:
