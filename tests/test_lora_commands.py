@@ -103,6 +103,11 @@ def test_adapters_go_from_stage_to_stage_and_into_a_plain_model(
                      "--dtype", "bfloat16", "--quiet"]) == 0
     assert {t.dtype for t in load_file(world / "half" / "model.safetensors").values()} == {
         torch.bfloat16}
+    save_causal_lm(load_causal_lm(world / "model", "bfloat16"), world / "model")
+    assert cli.main(["merge", "--model", str(second), "--output_dir", str(world / "as_base"),
+                     "--quiet"]) == 0
+    assert {t.dtype for t in load_file(world / "as_base" / "model.safetensors").values()} == {
+        torch.bfloat16}
 
 
 def test_reward_and_dpo_save_adapters_and_a_plan_reads_them(

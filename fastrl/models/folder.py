@@ -211,8 +211,8 @@ def write_weights(
         shards[-1][name] = tensor.detach().to("cpu").contiguous()
         size += num_bytes
         total += num_bytes
-    for stale in [*folder.glob("model*.safetensors"), folder / INDEX_NAME,
-                  folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS]:
+    remove_adapter_files(folder)
+    for stale in [*folder.glob("model*.safetensors"), folder / INDEX_NAME]:
         stale.unlink(missing_ok=True)
     files = [SINGLE_NAME] if len(shards) == 1 else [
         f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -223,6 +223,13 @@ def write_weights(
                       for name in shard}
         write_json(folder / INDEX_NAME, {"metadata": {"total_size": total},
                                          "weight_map": weight_map})
+
+
+def remove_adapter_files(folder: Path) -> None:
+    """Remove adapters of an earlier save: transformers would add them to the weights beside them.
+    """
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -40,6 +40,7 @@ from fastrl.models.folder import (
     padding_id,
     read_json,
     read_raw_config,
+    remove_adapter_files,
     write_json,
     write_tokenizer,
     write_weights,
@@ -194,6 +195,7 @@ def save_causal_lm(
         _write_adapters(model, target)
     elif isinstance(model.backbone, hf.HFBackbone):
         target.mkdir(parents=True, exist_ok=True)
+        remove_adapter_files(target)
         hf.save_causal_lm(model, target, max_shard_bytes)
     else:
         config = _decoder(model).config
@@ -225,6 +227,7 @@ def save_scalar_model(
         _write_adapters(model, target)
     elif isinstance(model.backbone, hf.HFBackbone):
         target.mkdir(parents=True, exist_ok=True)
+        remove_adapter_files(target)
         hf.save_scalar_model(model, target, extra, max_shard_bytes)
     else:
         config = _decoder(model).config

@@ -128,3 +128,12 @@ def test_larger_microbatches_are_not_bought_with_models() -> None:
         assert name in list(SETTINGS)[:4]
         assert plan(followed(config, [name]), shape, 60 * GB).max_tokens_per_microbatch \
             == int(tokens) > given.max_tokens_per_microbatch
+
+
+def test_a_reference_with_adapters_off_is_not_given_up() -> None:
+    """It takes nothing, so that nothing is won."""
+    given = plan(PPOConfig(lora_rank=16, reference="adapters_off"), "llama-3.2-1b", GB)
+    assert not given.fits and given.advice
+    assert not any("reference none" in line for line in given.advice)
+    copied = plan(PPOConfig(lora_rank=16), "llama-3.2-1b", GB)
+    assert any("reference none" in line for line in copied.advice)

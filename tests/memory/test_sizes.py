@@ -25,7 +25,7 @@ from fastrl.models.by_input import matrices
 from fastrl.models.config import DecoderConfig
 from fastrl.models.families import decoder_config
 from fastrl.models.lora import adapt
-from fastrl.ops import adamw
+from fastrl.ops import adamw, linear_cross_entropy, linear_logprobs
 from fastrl.optim import EMA, AdamW
 
 MostBytes = runpy.run_path(str(Path(__file__).with_name("most_bytes.py")))["MostBytes"]
@@ -206,3 +206,22 @@ def test_copies_by_input_are_those_that_the_engine_makes(family: str) -> None:
     assert sizes.copy_bytes(config, torch.float32, device_type="cuda") == 0
     large = replace(config, vocab_size=2**20 + 1)
     assert sizes.copy_bytes(large, torch.float32, device_type="cpu") == 0
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_gradient_of_a_frozen_head_is_made(dtype: torch.dtype, is_frozen: bool) -> None:
+    """The plans of both losses cover what forward and backward hold, and are not far above it."""
+    config = replace(small_config("llama"), vocab_size=20_000, hidden_size=48)
+    weight = torch.randn(20_000, 48).to(dtype).requires_grad_(not is_frozen)
+    hidden = torch.randn(16, 48).to(dtype).requires_grad_()
+    token_ids = torch.arange(16)
+    with MostBytes() as memory:
+        linear_cross_entropy(hidden, weight, token_ids, denominator=16).backward()
+    planned = sizes.loss_bytes(config, dtype, 16, has_frozen_head=is_frozen)
+    assert 0.6 * planned <= memory.most <= 1.1 * planned
+    weight.grad = hidden.grad = None
+    with MostBytes() as memory:
+        linear_logprobs(hidden, weight, token_ids)[0].sum().backward()
+    planned = sizes.logprob_bytes(config, dtype, 16, has_frozen_head=is_frozen)
+    assert 0.6 * planned <= memory.most <= 1.1 * planned

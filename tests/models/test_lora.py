@@ -71,6 +71,14 @@ def test_an_adapter_folder_gives_the_same_logits_in_peft_and_merged(
     merged = load_causal_lm(tmp_path)
     assert merged.adapters is None and len(trained_parameters(merged)) > 3
     torch.testing.assert_close(logits.packed(merged), expected, rtol=0, atol=1e-4)
+    # Over the adapters, and then over the plain model: nothing of an earlier save is left.
+    save_causal_lm(merged, tmp_path)
+    again = logits.packed(load_causal_lm(tmp_path))
+    assert torch.equal(again, logits.packed(merged)) and (tmp_path / "config.json").exists()
+    assert not (tmp_path / "adapter_config.json").exists()
+    save_causal_lm(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
+        "adapter_model.safetensors"] and not (tmp_path / "config.json").exists()
 
 
 @pytest.mark.parametrize(("name", "changes"), [
@@ -121,12 +129,17 @@ def test_a_reward_models_adapters_load_in_peft(
                                    atol=1e-4)
 
 
-def test_the_same_seed_gives_the_same_adapters(checkpoint: Any) -> None:
-    one, same, other = (adapted(checkpoint("llama").folder, seed=seed) for seed in (4, 4, 5))
-    first = [p for name, p in one.named_parameters() if ".lora_a." in name]
-    again = [p for name, p in same.named_parameters() if ".lora_a." in name]
-    others = [p for name, p in other.named_parameters() if ".lora_a." in name]
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_the_same_seed_gives_the_same_adapters(name: str, checkpoint: Any) -> None:
+    if name == "opt":
+        pytest.importorskip("peft", reason="needs peft for models through transformers")
+    state = torch.get_rng_state()
+    one, same, other = (adapted(checkpoint(name).folder, seed=seed) for seed in (4, 4, 5))
+    first, again, others = (
+        [p for name, p in model.named_parameters() if ".lora_a." in name.lower()]
+        for model in (one, same, other))
     assert all(map(torch.equal, first, again)) and not any(map(torch.equal, first, others))
+    assert torch.equal(state, torch.get_rng_state())
     bound = 40 ** -0.5  # of A behind 40 inputs
     largest = max(float(p.detach().abs().max()) for p in first if p.shape[1] == 40)
     assert 0.95 * bound < largest <= bound
