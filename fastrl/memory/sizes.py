@@ -14,7 +14,7 @@ from fastrl.models.by_input import MAX_COPY_BYTES
 from fastrl.models.config import DecoderConfig
 from fastrl.ops.adamw import LARGE_PIECE_ELEMENTS, PIECE_ELEMENTS
 from fastrl.ops.linear_logprob import CHUNK_BYTES
-from fastrl.state_formats import num_blocks
+from fastrl.state_formats import BLOCK_SIZE, num_blocks
 
 GIB = 2**30
 
@@ -206,20 +206,21 @@ def sampling_bytes(
     return num_rows * row + head + _chunk_bytes(decoder, num_rows, w)
 
 
-SCRATCH_FLOATS = {("float32", False): 2, ("float32", True): 3.25, ("8bit", False): 4.02,
-                  ("8bit", True): 5.27}
-"""Floats per element of a piece that a step of the reference optimiser holds, by moments and
-whether weights are bf16; tests/memory/test_sizes.py measures them."""
-
-
 def scratch_bytes(
     numels: Sequence[int], dtype: torch.dtype, moments: str, *, device_type: str
 ) -> int:
-    """Most bytes of an optimiser step beside weights, gradients and state."""
-    w = wide_dtype(dtype).itemsize
+    """Most bytes of an optimiser step beside weights, gradients and state.
+
+    A piece passes through two wide numbers per element, one more for bf16 weights (their exact
+    value) with a byte of mask, two more for the moments of 8 bits, in whole blocks, with a unit and
+    a byte of mask for each; small tensors lie end to end, all that is read of them.
+    """
+    e, w = dtype.itemsize, wide_dtype(dtype).itemsize
+    is_narrow, is_8bit = dtype == torch.bfloat16, moments == "8bit"
     limit = PIECE_ELEMENTS.get(device_type, LARGE_PIECE_ELEMENTS)
-    piece = min(limit, sum(numels))
-    floats = SCRATCH_FLOATS[moments, dtype == torch.bfloat16]
-    small = sum(numel for numel in numels if numel <= limit // 8)
-    joined = 0 if moments == "8bit" else min(limit, small) * (3 * w + 2 * dtype.itemsize)
-    return int(piece * floats * w) + joined
+    small = 0 if is_8bit else min(limit, sum(n for n in numels if n <= limit // 8))
+    piece = min(limit, max(small, *numels))
+    blocks = num_blocks(piece)
+    masks = piece if is_narrow else blocks * is_8bit
+    return (blocks * BLOCK_SIZE * w * (2 + is_narrow + 2 * is_8bit) + masks + 4 * blocks * is_8bit
+            + small * (2 * w + 2 * e + 2 * is_narrow))

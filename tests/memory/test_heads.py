@@ -164,25 +164,24 @@ def test_adapters_by_hand() -> None:
 
 
 def test_scratch_by_hand() -> None:
-    """Pieces of 2^16 elements on a CPU and 2^26 on a GPU through float32 temporaries; tensors of up
-    to an eighth of a piece are laid end to end: three float32 numbers, weight and gradient each."""
-    piece = {"cpu": 2**16, "cuda": 2**26}
-    for device, limit in piece.items():
-        large, small = limit, limit // 8
-        for dtype, floats, e in ((F32, 2, 4), (BF16, 3.25, 2)):
-            for numels in ([large], [small + 1] * 9):
+    """Pieces of 2^16 elements on a CPU and 2^26 on a GPU: 8 bytes per element, bf16 one number and
+    a byte more, 8 bits two numbers more with 5 or 4 bytes per block. Up to an eighth of a piece
+    tensors are laid end to end: weight, gradient, two moments, and in bf16 a remainder."""
+    for device, limit in (("cpu", 2**16), ("cuda", 2**26)):
+        small = limit // 8
+        for dtype, passing, joined in ((F32, 8, 16), (BF16, 13, 14)):
+            for numels, piece, ends in (
+                    ([limit], limit, 0), ([3 * limit], limit, 0), ([small + 1] * 3, small + 256, 0),
+                    ([limit, small, 256], limit, small + 256), ([small] * 9, limit, limit),
+                    ([256], 256, 256)):
+                floats = passing // 4 * 4 * piece  # in whole blocks
+                masks = (passing % 4) * min(piece, max(ends, *numels))
                 assert sizes.scratch_bytes(numels, dtype, "float32", device_type=device) == (
-                    limit * floats * 4)
-            assert sizes.scratch_bytes([large, small, 100], dtype, "float32",
-                                       device_type=device) == (
-                limit * floats * 4 + (small + 100) * (3 * 4 + 2 * e))
-            assert sizes.scratch_bytes([small] * 9, dtype, "float32", device_type=device) == (
-                limit * floats * 4 + limit * (3 * 4 + 2 * e))
-            assert sizes.scratch_bytes([100], dtype, "float32", device_type=device) == (
-                100 * floats * 4 + 100 * (3 * 4 + 2 * e))
-    assert sizes.scratch_bytes([2**17], F32, "8bit", device_type="cpu") == int(2**16 * 4.02 * 4)
-    assert sizes.scratch_bytes([2**17, 100], BF16, "8bit", device_type="cpu") == int(
-        2**16 * 5.27 * 4)
+                    floats + masks + joined * ends), (dtype, numels)
+    assert sizes.scratch_bytes([2**17, 100], F32, "8bit", device_type="cpu") == (
+        16 * 2**16 + 5 * 2**16 // 256)
+    assert sizes.scratch_bytes([2**17, 100], BF16, "8bit", device_type="cpu") == (
+        21 * 2**16 + 4 * 2**16 // 256)
 
 
 def test_small_copies_by_hand() -> None:

@@ -184,7 +184,7 @@ def test_parameters_of_the_published_models() -> None:
 @pytest.mark.parametrize("moments", ["float32", "8bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scratch_of_the_optimiser(dtype: torch.dtype, moments: str) -> None:
-    """The plan covers what a step holds, and is not far above it."""
+    """The plan is what a step holds, but for some scalars."""
     weights = [torch.ones(1 << 20, dtype=dtype), torch.ones(1000, dtype=dtype)]
     optimizer = AdamW([w.requires_grad_() for w in weights], moments=moments)
     for weight in weights:
@@ -193,7 +193,7 @@ def test_scratch_of_the_optimiser(dtype: torch.dtype, moments: str) -> None:
     with pytest.MonkeyPatch.context() as patch, MostBytes() as memory:
         patch.setitem(adamw.PIECE_ELEMENTS, "cpu", adamw.LARGE_PIECE_ELEMENTS)
         optimizer.step(1e-3)
-    assert 0.75 * planned <= memory.most <= 1.02 * planned
+    assert planned <= memory.most <= planned + 256
 
 
 @pytest.mark.parametrize("family", FAMILIES)
