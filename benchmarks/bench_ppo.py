@@ -11,21 +11,25 @@ machine that others use only the second says something.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.ceilings import assumed_ceilings, measured_ceilings
 from benchmarks.peers.common import read_workload
-from benchmarks.results import ROOT, Row, file_name, head, save
+from benchmarks.results import ROOT, Row, file_name, head, save, table
 from benchmarks.timing import Timing
 from fastrl.advantages import gae
 from fastrl.models import load_causal_lm, load_scalar_model
@@ -49,39 +53,51 @@ def make_models(workload: dict[str, Any], folder: Path) -> None:
         "intermediate_size": model["intermediate_size"], "num_hidden_layers": model["num_layers"],
         "num_attention_heads": model["num_heads"], "pad_token_id": 0, "bos_token_id": 1,
         "eos_token_id": 2, "max_position_embeddings": model["max_positions"],
-        "tie_word_embeddings": True}
+        "tie_word_embeddings": True, "dtype": workload.get("dtype", "float32"),
+        "num_key_value_heads": model.get("num_kv_heads", model["num_heads"]),
+        "head_dim": model.get("head_dim", model["hidden_size"] // model["num_heads"])}
     torch.manual_seed(workload["seed"])
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).save_pretrained(
+    dtype = getattr(torch, config["dtype"])
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).to(dtype).save_pretrained(
         folder / "policy")
-    transformers.LlamaForSequenceClassification(
-        transformers.LlamaConfig(**config, num_labels=1)).save_pretrained(folder / "reward")
+    transformers.LlamaForSequenceClassification(transformers.LlamaConfig(
+        **config, num_labels=1)).to(dtype).save_pretrained(folder / "reward")
 
 
 def interpreter(provider: str) -> Path | None:
-    """The Python that runs a provider; None where its environment is not there."""
-    if provider == "fastrl":
-        return Path(sys.executable)
+    """The Python that runs a provider; None where there is no environment that has it.
+
+    That of `make peers` comes first; a machine without network may have the peer beside torch.
+    """
     path = ROOT / "peers" / provider / "bin" / "python"
-    return path if path.exists() else None
+    if provider != "fastrl" and path.exists():
+        return path
+    return Path(sys.executable) if importlib.util.find_spec(provider) is not None else None
 
 
 def run(provider: str, workload: Path, models: Path, threads: int,
-        rollout: Path | None = None, task: str = "ppo") -> dict[str, Any]:
+        rollout: Path | None = None, task: str = "ppo", device: str = "cpu",
+        deadline: float = float("inf")) -> dict[str, Any]:
     """What a provider's process measured.
 
     Raises:
         RuntimeError: when it failed; with the end of what it printed.
+        subprocess.TimeoutExpired: at the deadline, by time.monotonic().
     """
     python = interpreter(provider)
     assert python is not None
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"
         command = [str(python), str(PEERS / f"{provider}_{task}.py"), "--workload", str(workload),
-                   "--models", str(models), "--out", str(out), "--threads", str(threads)]
+                   "--models", str(models), "--out", str(out), "--threads", str(threads),
+                   "--device", device]
         if rollout is not None:
             command += ["--rollout", str(rollout)]
-        own = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"} if provider == "fastrl" else {}
-        result = subprocess.run(command, capture_output=True, text=True,
+        path = os.pathsep.join(  # last what gpu.sh has built
+            [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+        own = {"PYTHONPATH": path} if provider == "fastrl" else {}
+        left = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
+        result = subprocess.run(command, capture_output=True, text=True, timeout=left,
                                 env={**os.environ, "PYTHONPATH": "", **own})
         if result.returncode or not out.exists():
             raise RuntimeError(f"{provider}: {result.stderr[-2000:]}")
@@ -127,44 +143,82 @@ def as_rollout(token_ids: torch.Tensor, logprobs: torch.Tensor, workload: dict[s
         finish_reasons=("length",) * count)
 
 
-def measure(path: Path, providers: Sequence[str], threads: int, rounds: int) -> list[Row]:
-    """A row for each provider; response tokens per second, memory and ratios are extras."""
+def agreement(provider: str, path: Path, models: Path, threads: int, device: str,
+              deadline: float) -> dict[str, float]:
+    """Largest differences of a peer's first rollout, on the workload or on that of `checked_by`."""
+    workload = read_workload(path)
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder) / f"{provider}.npz"
+        if "checked_by" in workload:
+            path, models = path.with_name(f"{workload['checked_by']}.yaml"), Path(folder)
+            workload = read_workload(path)
+            make_models(workload, models)
+        run(provider, path, models, threads, saved, device=device, deadline=deadline)
+        return differences(saved, models, workload)
+
+
+def measure(path: Path, providers: Sequence[str], threads: int, rounds: int, device: str = "cpu",
+            deadline: float = float("inf")) -> Iterator[list[Row]]:
+    """The rows so far, after every process; response tokens per second and ratios are extras.
+
+    Args:
+        deadline: time.monotonic() after which no process begins or goes on.
+    """
     workload = read_workload(path)
     sizes = {"B": workload["num_prompts"], "P": workload["prompt_tokens"],
              "T": workload["response_tokens"], "V": workload["model"]["vocab_size"],
              "D": workload["model"]["hidden_size"], "L": workload["model"]["num_layers"]}
-
-    def row(provider: str, status: str, reason: str, **extra: Any) -> Row:
-        return Row(workload="ppo", case=path.stem, sizes=sizes, dtype="float32", provider=provider,
-                   status=status, reason=reason, extra={"num_threads": threads, **extra})
-
-    rows: dict[str, Row] = {}
+    blank = Row(workload="ppo", case=path.stem, sizes=sizes, provider="fastrl",
+                dtype=workload.get("dtype", "float32"), status="skipped", reason="not begun",
+                extra={"num_threads": threads})
+    rows = {provider: replace(blank, provider=provider) for provider in ("fastrl", *providers)}
+    runs: dict[str, list[dict[str, Any]]] = {"fastrl": []}
+    gaps: dict[str, dict[str, float]] = {"fastrl": {}}
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder)
         make_models(workload, models)
-        runs: dict[str, list[dict[str, Any]]] = {"fastrl": []}
-        gaps: dict[str, dict[str, float]] = {"fastrl": {}}
         for provider in providers:
             if interpreter(provider) is None:
-                rows[provider] = row(provider, "unavailable", "no environment: make peers")
+                rows[provider] = rows[provider].without_figure("unavailable",
+                                                               "no environment: make peers")
                 continue
-            saved = models / f"{provider}.npz"
-            run(provider, path, models, threads, saved)
-            gaps[provider] = differences(saved, models, workload)
+            try:
+                gaps[provider] = agreement(provider, path, models, threads, device, deadline)
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                rows[provider] = failed(rows[provider], error)
+                continue
             if max(gaps[provider].values()) > TOLERANCE:
-                rows[provider] = row(provider, "wrong", f"not fastrl's numbers: {gaps[provider]}")
+                rows[provider] = rows[provider].without_figure(
+                    "wrong", f"not fastrl's numbers: {gaps[provider]}")
             else:
                 runs[provider] = []
         for _ in range(rounds):
-            for provider, done in runs.items():
-                done.append(run(provider, path, models, threads))
-        for provider, done in runs.items():
-            rows[provider] = row(provider, "checked", "not timed yet",
-                                 **figures(done, runs["fastrl"], workload),
-                                 differences=gaps[provider]).timed(
-                Timing("clock", [s for one in done for s in one["seconds"][1:]]),
-                max(one["peak_bytes_above_imports"] for one in done), None, None)
-    return list(rows.values())
+            for provider, done in list(runs.items()):
+                try:
+                    done.append(run(provider, path, models, threads, device=device,
+                                    deadline=deadline))
+                except (RuntimeError, subprocess.TimeoutExpired) as error:
+                    rows[provider] = failed(rows[provider], error)
+                    del runs[provider]
+                    if provider == "fastrl":
+                        runs.clear()  # beside nothing there is no ratio
+                else:
+                    extra = figures(done, runs["fastrl"], workload)
+                    rows[provider] = replace(
+                        blank, provider=provider,
+                        extra={**blank.extra, **extra, "differences": gaps[provider]},
+                    ).timed(Timing("clock", [s for one in done for s in one["seconds"][1:]]),
+                            max(one["peak_bytes_above_imports"] for one in done), None, None)
+                yield list(rows.values())
+                if not runs:
+                    return
+
+
+def failed(row: Row, error: Exception) -> Row:
+    """The row of a process that raised or whose time was used up."""
+    if isinstance(error, subprocess.TimeoutExpired):
+        return row.without_figure("skipped", "the time is used up")
+    return row.without_figure("error", str(error)[-300:])
 
 
 def figures(done: Sequence[dict[str, Any]], own: Sequence[dict[str, Any]],
@@ -191,18 +245,33 @@ def main() -> int:
     """Measure and write the result file; 1 where numbers differ."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_ppo", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", type=Path, default=ROOT / "benchmarks/workloads/ppo_cpu.yaml")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--workload", type=Path, help="a file like those of benchmarks/workloads; "
+                        "ppo_cpu.yaml or ppo_gpu.yaml there")
     parser.add_argument("--peers", nargs="*", default=["trl"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=1, help="processes of each provider")
+    parser.add_argument("--budget", type=float, default=float("inf"), metavar="SECONDS",
+                        help="no process begins or goes on after so long")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     options = parser.parse_args()
-    document = head("ppo", "cpu", None, None)
-    rows = measure(options.workload, options.peers, options.threads, options.rounds)
+    name = "ppo_gpu.yaml" if options.device == "cuda" else "ppo_cpu.yaml"
+    workload = options.workload or ROOT / "benchmarks/workloads" / name
+    deadline = time.monotonic() + options.budget
+    torch.set_num_threads(options.threads)
+    ceilings = measured_ceilings(options.device, small="tiny" in workload.stem)
+    assumed = assumed_ceilings(torch.cuda.get_device_name()) if options.device == "cuda" else None
+    document, path = head("ppo", options.device, ceilings, assumed), options.out / file_name(
+        "ppo", options.device)
+    rows: list[Row] = []
+    for rows in measure(workload, options.peers, options.threads, options.rounds, options.device,
+                        deadline):
+        save(document, rows, path)
     for row in rows:
         print(row.provider, row.status, row.reason, row.median_s, row.extra, flush=True)
-    save(document, rows, options.out / file_name("ppo", "cpu"))
-    return int(any(row.status == "wrong" for row in rows))
+    print(table(rows))
+    return int(any(row.status == "wrong" or row.is_failure for row in rows)
+               or rows[0].median_s is None)
 
 
 if __name__ == "__main__":

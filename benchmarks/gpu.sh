@@ -105,6 +105,15 @@ part_big() {
         "$PYTHON" -m benchmarks big --device "$DEVICE" "${small[@]}" --out "$OUT"
 }
 
+# Six minutes in all: 75 + 275 s, and a few for what stands between the steps.
+part_ppo() {
+    build_extension
+    local workload=()
+    if [ "$DEVICE" = cpu ]; then workload=(--workload benchmarks/workloads/ppo_tiny.yaml); fi
+    LINES_SHOWN=20 step benchmarks 275 "$PYTHON" -m benchmarks.bench_ppo --device "$DEVICE" \
+        "${workload[@]}" --budget 255 --out "$OUT"
+}
+
 part=${1:-kernels}
 known=$(declare -F | sed -n 's/^declare -f part_//p' | paste -sd' ')
 if ! declare -F "part_$part" >/dev/null; then

@@ -12,6 +12,8 @@ NEEDED = {
     "setuptools": "the CUDA extension is not built",
     "triton": "no Triton kernel is built",
     "transformers": "the engine has no peer",
+    "yaml": "no PPO iteration is measured",
+    "trl": "no TRL rows on a GPU",
     "pytest_timeout": "a test that hangs stops with its whole step",
     "xdist": "the tests run one after the other",
     "pytest_benchmark": "`pytest benchmarks` does not run; `python -m benchmarks` does",

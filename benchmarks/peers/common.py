@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 
@@ -24,6 +25,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--rollout", type=Path, help="also save the first rollout here (.npz)")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     return parser.parse_args()
 
 
@@ -46,8 +48,10 @@ def read_rows(models: Path) -> list[dict[str, list[int]]]:
     return rows
 
 
-def peak_bytes() -> int:
-    """Most memory that the process has had in use."""
+def peak_bytes(device: str = "cpu") -> int:
+    """Most memory that the process has had in use; on a GPU most that its tensors have taken."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")
     if status.exists():  # what getrusage says begins with the memory of the parent
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -59,10 +63,11 @@ def peak_bytes() -> int:
 class Clock:
     """Seconds and processor seconds of every iteration, and memory beyond that of the imports."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
         self.seconds: list[float] = []
         self.processor: list[float] = []
-        self.base = peak_bytes()
+        self.base = peak_bytes(device)
         self.start()
 
     def start(self) -> None:
@@ -71,6 +76,8 @@ class Clock:
 
     def stop(self) -> None:
         """The iteration is done, and the next begins."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._begin[0])
         self.processor.append(time.process_time() - self._begin[1])
         self.start()
@@ -79,5 +86,5 @@ class Clock:
         """Write what was measured."""
         path.write_text(json.dumps({
             "provider": provider, "versions": versions, "seconds": self.seconds,
-            "processor_s": self.processor, "peak_bytes": peak_bytes(),
-            "peak_bytes_above_imports": peak_bytes() - self.base, **extra}), "utf-8")
+            "processor_s": self.processor, "peak_bytes": peak_bytes(self.device),
+            "peak_bytes_above_imports": peak_bytes(self.device) - self.base, **extra}), "utf-8")

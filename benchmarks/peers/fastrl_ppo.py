@@ -21,7 +21,7 @@ from fastrl.trainers import PPOTrainer
 from fastrl.types import Prompt
 
 
-def config(workload: dict[str, Any]) -> PPOConfig:
+def config(workload: dict[str, Any], device: str) -> PPOConfig:
     """The settings that a workload file asks for."""
     batch = workload["num_prompts"]
     return PPOConfig(
@@ -34,7 +34,8 @@ def config(workload: dict[str, Any]) -> PPOConfig:
         warmup_steps=0, kl_coef=workload["kl_coef"], value_coef=workload["value_coef"],
         clip_range=workload["clip_range"], value_clip_range=workload["value_clip_range"],
         gamma=workload["gamma"], lam=workload["lam"], missing_eos_penalty=None, ema_decay=None,
-        eval_steps=None, seed=workload["seed"], device="cpu", dtype="float32")
+        eval_steps=None, seed=workload["seed"], device=device,
+        dtype=workload.get("dtype", "float32"))
 
 
 def main() -> None:
@@ -42,11 +43,13 @@ def main() -> None:
     options = arguments(__doc__)
     workload = read_workload(options.workload)
     torch.set_num_threads(options.threads)
-    clock = Clock()
+    clock = Clock(options.device)
+    place = workload.get("dtype", "float32"), options.device
+    policy, reward = options.models / "policy", options.models / "reward"
     trainer = PPOTrainer(
-        config(workload), load_causal_lm(options.models / "policy"),
-        load_causal_lm(options.models / "policy"), load_scalar_model(options.models / "reward"),
-        RewardModelScorer(load_scalar_model(options.models / "reward")),
+        config(workload, options.device), load_causal_lm(policy, *place),
+        load_causal_lm(policy, *place), load_scalar_model(reward, *place),
+        RewardModelScorer(load_scalar_model(reward, *place)),
         [Prompt(tuple(ids), "") for ids in prompts(workload)])
     clock.start()
     phases: list[dict[str, float]] = []

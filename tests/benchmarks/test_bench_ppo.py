@@ -1,23 +1,33 @@
 """The PPO benchmark: its rows, its check of a peer's numbers, and the peer itself where it is."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import bench_ppo
+from benchmarks.engine_workloads import MODELS
 from benchmarks.peers.common import prompts, read_workload
-from benchmarks.results import ROOT
+from benchmarks.results import ROOT, Row
 from fastrl.models import load_causal_lm, load_scalar_model
 from fastrl.models.scoring import response_logprobs, response_values, sequence_scores
 
 TINY = ROOT / "benchmarks/workloads/ppo_tiny.yaml"
 
 
+def measured(peers: list[str], **options: Any) -> list[Row]:
+    """The rows after the last process, fastrl's first."""
+    *_, rows = bench_ppo.measure(TINY, peers, threads=1, rounds=1, **options)
+    return rows
+
+
 def test_a_peer_that_is_not_installed_has_a_row_that_says_so() -> None:
-    own, peer = sorted(bench_ppo.measure(TINY, ["nobody"], threads=1, rounds=1),
-                       key=lambda row: row.provider)
+    own, peer = measured(["nobody"])
     assert own.provider == "fastrl" and own.status == "ok" and own.rounds == 1
     assert own.extra["ratio"] == 1.0 and own.extra["response_tokens_per_s"] > 0
     assert {"rollout_s", "scoring_s"} < set(own.extra["phases_s"])
@@ -28,7 +38,7 @@ def test_a_peer_that_is_not_installed_has_a_row_that_says_so() -> None:
 def test_trl_agrees_and_is_timed() -> None:
     if bench_ppo.interpreter("trl") is None:
         pytest.skip("no environment: make peers")
-    rows = {row.provider: row for row in bench_ppo.measure(TINY, ["trl"], threads=1, rounds=1)}
+    rows = {row.provider: row for row in measured(["trl"])}
     assert rows["trl"].status == "ok"
     assert max(rows["trl"].extra["differences"].values()) <= bench_ppo.TOLERANCE
 
@@ -84,9 +94,90 @@ def test_a_number_that_is_off_is_seen(models: Path, name: str) -> None:
 def test_a_peer_with_other_numbers_gets_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_ppo, "differences", lambda *_: {"kl": 0.5})
     monkeypatch.setattr(bench_ppo, "interpreter", lambda _: Path("python"))
-    monkeypatch.setattr(bench_ppo, "run", lambda *_: {
+    monkeypatch.setattr(bench_ppo, "run", lambda *_, **__: {
         "seconds": [2.0, 1.0], "processor_s": [2.0, 1.0], "peak_bytes": 5, "versions": {},
         "peak_bytes_above_imports": 3})
-    rows = {row.provider: row for row in bench_ppo.measure(TINY, ["trl"], threads=1, rounds=1)}
+    rows = {row.provider: row for row in measured(["trl"])}
     assert rows["trl"].status == "wrong" and "0.5" in rows["trl"].reason
     assert rows["fastrl"].median_s == 1.0  # the first iteration does not count
+
+
+RESULT = {"seconds": [2.0, 1.0], "processor_s": [2.0, 1.0], "peak_bytes": 5, "versions": {},
+          "peak_bytes_above_imports": 3}
+
+
+def fake_run(**raised: Exception) -> Any:
+    """A provider's process measures RESULT, or raises what is given for it."""
+    def run(provider: str, *_: Any, **__: Any) -> dict[str, Any]:
+        if provider in raised:
+            raise raised[provider]
+        return RESULT
+    return run
+
+
+@pytest.mark.parametrize("error, status, reason", [
+    (RuntimeError("trl: out of memory"), "error", "out of memory"),
+    (subprocess.TimeoutExpired("trl", 1.0), "skipped", "the time is used up"),
+])
+def test_a_peer_that_fails_has_a_row_and_fastrl_its_figure(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, status: str, reason: str
+) -> None:
+    monkeypatch.setattr(bench_ppo, "interpreter", lambda _: Path("python"))
+    monkeypatch.setattr(bench_ppo, "run", fake_run(trl=error))
+    monkeypatch.setattr(bench_ppo, "agreement", lambda *_: {"kl": 0.0})
+    own, peer = measured(["trl"])
+    assert own.status == "ok" and peer.status == status and reason in peer.reason
+
+
+def test_a_fastrl_that_fails_fails_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench_ppo, "run", fake_run(fastrl=RuntimeError("fastrl: raised")))
+    monkeypatch.setattr("sys.argv", ["bench_ppo", "--workload", str(TINY), "--peers", "nobody",
+                                     "--out", str(tmp_path)])
+    assert bench_ppo.main() == 1
+    monkeypatch.setattr(bench_ppo, "run", fake_run())
+    assert bench_ppo.main() == 0
+
+
+def test_a_process_ends_at_the_deadline(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    with pytest.raises(subprocess.TimeoutExpired):
+        bench_ppo.run("fastrl", TINY, tmp_path, 1, deadline=begin + 0.2)
+    assert time.monotonic() - begin < 5
+
+
+def test_a_peer_beside_torch_is_found_where_no_environment_was_made() -> None:
+    assert bench_ppo.interpreter("fastrl") == Path(sys.executable)
+    assert bench_ppo.interpreter("numpy") == Path(sys.executable)
+    assert bench_ppo.interpreter("nobody") is None
+
+
+def test_the_gpu_workload_is_the_shape_of_qwen3_06b_and_checked_in_float32() -> None:
+    workload = read_workload(ROOT / "benchmarks/workloads/ppo_gpu.yaml")
+    assert (workload["num_prompts"], workload["response_tokens"]) == (256, 512)
+    assert workload["dtype"] == "bfloat16" and workload["checked_by"] == TINY.stem
+    model = workload["model"]
+    shape = MODELS["qwen3-0.6b"]
+    for name, size in model.items():
+        assert size == getattr(shape, name), name
+
+
+def test_a_workload_may_be_checked_by_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The peer runs on the named one, and its numbers are compared with fastrl's there."""
+    large = tmp_path / "large.yaml"
+    large.write_text(TINY.read_text().replace("num_prompts: 8", "num_prompts: 512")
+                     + "checked_by: small\n")
+    (tmp_path / "small.yaml").write_text(TINY.read_text())
+    ran: list[Path] = []
+
+    def run(provider: str, workload: Path, models: Path, threads: int, rollout: Path,
+            **_: Any) -> None:
+        ran.append(workload)
+        np.savez(rollout, **a_peers_rollout(models))
+
+    monkeypatch.setattr(bench_ppo, "run", run)
+    gaps = bench_ppo.agreement("trl", large, tmp_path, 1, "cpu", float("inf"))
+    assert ran == [tmp_path / "small.yaml"] and max(gaps.values()) < 1e-5

@@ -73,6 +73,18 @@ def test_the_big_part_without_a_gpu(tmp_path: Path) -> None:
     assert [row.status for row in rows] == ["ok"] * 5
 
 
+@pytest.mark.slow
+def test_the_ppo_part_without_a_gpu(tmp_path: Path) -> None:
+    done = script("ppo", OUT=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "build          -    skipped: no GPU" in done.stdout
+    (path,) = tmp_path.glob("ppo_cpu_*.json")
+    document, rows = load(path)
+    assert "ppo_tiny" in document["command"] and document["ceilings"]["measured"] is not None
+    assert [row.provider for row in rows] == ["fastrl", "trl"]
+    assert rows[0].status == "ok" and rows[1].status in ("ok", "unavailable")
+
+
 def test_an_unknown_part_is_an_error_that_names_the_known(tmp_path: Path) -> None:
     done = script("nothing", OUT=str(tmp_path / "out"))
     assert done.returncode == 2 and "unknown part 'nothing'; known: " in done.stderr
@@ -117,6 +129,12 @@ def test_the_steps_on_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stdout.count("passed") == 2
     assert log.read_text().splitlines()[1].startswith(
         " python -m benchmarks big --device cuda --out")
+    log.unlink()
+    done = script("ppo", OUT=str(tmp_path / "out"), PYTHON=str(tmp_path / "python"),
+                  PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert done.returncode == 0 and done.stdout.count("passed") == 2
+    measured = log.read_text().splitlines()[1]
+    assert " -m benchmarks.bench_ppo --device cuda --budget 255 --out" in measured
 
 
 def test_the_tests_that_need_a_gpu_run_without_the_plugins(tmp_path: Path) -> None:
