@@ -53,8 +53,14 @@ class WatchConfig:
     gold_drop: float | None = 0.05
     """Share of the gold score's gain that may be lost while the score that is optimised is no
     lower than at the gold score's best; with `gold_rewards`."""
+    gold_stall: float | None = 0.5
+    """Share of the gold score per optimised score gained so far that must still be gained over the
+    last `stall_evaluations`; less is an alarm, before anything is lost."""
+    stall_evaluations: int = 5
+    """Evaluations that `gold_stall` looks back over."""
     num_std_errors: float = 2.0
-    """A loss of gold score counts when it is more than so many standard errors, over prompts."""
+    """What the gold score loses, or fails to gain, counts when it is more than so many standard
+    errors, over prompts."""
     length_ratio: float | None = 2.0
     """Mean length may grow or shrink by this factor."""
     repetition_rise: float | None = 0.2
@@ -71,6 +77,10 @@ class WatchConfig:
     def __post_init__(self) -> None:
         check(self.gold_drop is None or 0 <= self.gold_drop <= 1, "gold_drop",
               "a share from 0 to 1", self.gold_drop)
+        check(self.gold_stall is None or 0 <= self.gold_stall < 1, "gold_stall",
+              "a share from 0 to below 1", self.gold_stall)
+        check(self.stall_evaluations >= 1, "stall_evaluations", "at least 1",
+              self.stall_evaluations)
         check(self.num_std_errors >= 0, "num_std_errors", "a number of at least 0",
               self.num_std_errors)
         check(self.length_ratio is None or self.length_ratio > 1, "length_ratio",

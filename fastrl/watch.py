@@ -191,29 +191,46 @@ def find_alarms(sights: Sequence[Sight], config: WatchConfig) -> dict[str, str]:
         if config.max_kl is not None and last.get(sign, 0.0) > config.max_kl:
             alarms[sign] = (f"{words} is {last[sign]:.4g} nats per response, above "
                             f"{config.max_kl:g}")
-    gold = _gold_alarm(sights, config)
-    return alarms if gold is None else {"gold": gold, **alarms}
+    return _gold_alarms(sights, config) | alarms
 
 
-def _gold_alarm(sights: Sequence[Sight], config: WatchConfig) -> str | None:
-    """Why the gold score gives alarm: below its best by more than chance, while the proxy is not.
+def _gold_alarms(sights: Sequence[Sight], config: WatchConfig) -> dict[str, str]:
+    """Alarms of the gold score: it falls, or no longer rises, while the proxy does rise.
 
     Prompts and random numbers are the same in every evaluation, so that responses are compared in
     pairs.
     """
-    last = sights[-1]
-    if config.gold_drop is None or last.gold is None:
-        return None
     golds = [sight.gold for sight in sights if sight.gold is not None]
-    best = max(range(len(golds)), key=lambda i: float(golds[i].mean()))
-    losses = golds[best] - last.gold
-    loss, gain = float(losses.mean()), float((golds[best] - golds[0]).mean())
-    std_error = float(losses.std(correction=1)) / len(losses) ** 0.5 if len(losses) > 1 else 0.0
-    before, now = float(sights[best].proxy.mean()), float(last.proxy.mean())
-    is_real = loss > max(config.gold_drop * gain, config.num_std_errors * std_error)
-    if not is_real or now < before:
-        return None
-    share = f", {loss / gain:.0%} of its gain" if gain > 0 else ""
-    return (f"the gold score fell from {float(golds[best].mean()):.4g} (iteration "
-            f"{sights[best].iteration}) to {float(last.gold.mean()):.4g}{share}, while the score "
-            f"that is optimised went from {before:.4g} to {now:.4g}")
+    if not golds:
+        return {}
+    means = [float(gold.mean()) for gold in golds]
+    proxies = [float(sight.proxy.mean()) for sight in sights]
+    alarms = {}
+
+    def allowance(since: int) -> float:
+        """What the gold score's change since an evaluation may be by chance."""
+        change = golds[-1] - golds[since]
+        count = len(change)
+        return config.num_std_errors * float(change.std(correction=1)) / count**0.5 \
+            if count > 1 else 0.0
+
+    best = max(range(len(means)), key=means.__getitem__)
+    loss, gain = means[best] - means[-1], means[best] - means[0]
+    if (config.gold_drop is not None and proxies[-1] >= proxies[best]
+            and loss > max(config.gold_drop * gain, allowance(best))):
+        share = f", {loss / gain:.0%} of its gain" if gain > 0 else ""
+        alarms["gold"] = (
+            f"the gold score fell from {means[best]:.4g} (iteration {sights[best].iteration}) to "
+            f"{means[-1]:.4g}{share}, while the score that is optimised went from "
+            f"{proxies[best]:.4g} to {proxies[-1]:.4g}")
+    since = len(means) - 1 - config.stall_evaluations
+    if config.gold_stall is not None and since > 0:
+        before, rise = proxies[since] - proxies[0], proxies[-1] - proxies[since]
+        expected = (means[since] - means[0]) / before * rise if before > 0 and rise > 0 else 0.0
+        risen = means[-1] - means[since]
+        if risen + allowance(since) < config.gold_stall * expected:
+            alarms["gold_stall"] = (
+                f"the gold score changed by {risen:.4g} since iteration {sights[since].iteration}, "
+                f"where the score that is optimised rose by {rise:.4g}, which had brought "
+                f"{expected:.4g} before")
+    return alarms

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from fastrl.config import PPOConfig, SamplingConfig
+from fastrl.config import EngineConfig, PPOConfig, SamplingConfig
 from fastrl.errors import ConfigError, NumericsError
 from fastrl.evaluation import generate_for
 from fastrl.metrics import RunFolder
@@ -86,6 +86,24 @@ def test_gold_that_falls_while_the_proxy_rises():
     assert "gold score fell from 0 (iteration 0) to -0.1, while" in never
 
 
+def test_gold_that_no_longer_follows_the_proxy():
+    # Half of each point of score was gold up to iteration 2; then 4 points bring 0.3 of 2.
+    rising = [0.0, 0.5, 1.0, 1.1, 1.2, 1.25, 1.3]
+    settings = {"stall_evaluations": 4, "gold_drop": None}
+    found = alarms(*golds(*rising), **settings)
+    assert found == {"gold_stall": (
+        "the gold score changed by 0.3 since iteration 2, where the score that is optimised rose "
+        "by 4, which had brought 2 before")}
+    assert alarms(*golds(*rising), **settings, gold_stall=0.14) == {}  # a seventh of it is gained
+    assert alarms(*golds(*rising), **settings, gold_stall=None) == {}
+    assert alarms(*golds(*rising), stall_evaluations=6) == {}  # nothing is known before the first
+    flat = [float(min(i, 2)) for i in range(7)]
+    assert alarms(*golds(*rising, proxies=flat), **settings) == {}  # the proxy stalls too
+    noisy = golds(*rising[:-1], noise=0.0) + golds(*rising, noise=0.4)[-1:]
+    assert alarms(*noisy, **settings) == {}  # 0.3 + 2 standard errors of 0.4 are enough
+    assert alarms(*noisy, **settings, num_std_errors=0.5).keys() == {"gold_stall"}
+
+
 def test_a_loss_within_chance_gives_no_alarm():
     # Losses of -.14 and .26 have a mean of .06 and a standard error of .2.
     noisy = golds(0.0, 1.0, 0.94, noise=0.1)
@@ -95,6 +113,8 @@ def test_a_loss_within_chance_gives_no_alarm():
 
 @pytest.mark.parametrize("values, message", [
     ({"gold_drop": 1.5}, "gold_drop: expected a share from 0 to 1"),
+    ({"gold_stall": 1.0}, "gold_stall: expected a share from 0 to below 1"),
+    ({"stall_evaluations": 0}, "stall_evaluations: expected at least 1"),
     ({"num_std_errors": -1}, "num_std_errors: expected a number of at least 0"),
     ({"length_ratio": 1}, "length_ratio: expected a factor above 1"),
     ({"repetition_rise": 0}, "repetition_rise: expected a share above 0"),
@@ -117,18 +137,19 @@ def make(watch, folder=None, **settings):
     policy = tiny_model()
     settings = {**SETTINGS, "num_iterations": 40, "rollout_batch_size": 32, "minibatch_size": 16,
                 "learning_rate": 1e-2, "critic_learning_rate": 3e-2, "eval_steps": 1,
-                "kl_coef": 0.0, "ema_decay": None, "num_logprob_checks": 0,
+                "kl_coef": 0.0, "ema_decay": None, "num_logprob_checks": 0, "num_eval_prompts": 6,
                 "sampling": SamplingConfig(max_new_tokens=8, stop_token_ids=()), **settings}
     config = PPOConfig(**settings)
     run = None if folder is None else RunFolder(folder, config, stage="ppo")
     watch.folder = run
     return PPOTrainer(config, policy, copy.deepcopy(policy), tiny_critic(policy), score_even,
-                      PROMPTS, eval_prompts=PROMPTS, run=run, watch=watch)
+                      PROMPTS, eval_prompts=PROMPTS * (config.num_eval_prompts // len(PROMPTS)),
+                      run=run, watch=watch)
 
 
 def test_a_run_with_a_flawed_reward_is_stopped_and_reported(tmp_path, caplog):
     config = WatchConfig(stop=True, num_std_errors=0.0, entropy_ratio=None, distinct_ratio=None,
-                         repetition_rise=None)
+                         repetition_rise=None, gold_stall=None)
     trainer = make(RewardWatch(config, gold_even), tmp_path / "ppo")
     with caplog.at_level(logging.WARNING, "fastrl"):
         reason = trainer.train()
@@ -148,6 +169,34 @@ def test_a_run_with_a_flawed_reward_is_stopped_and_reported(tmp_path, caplog):
     for words in ("Reward-hacking watch", "while the score that is optimised went from",
                   "gain against sqrt(KL)", "d (a - b log d)", "KL(start || policy)"):
         assert words in page
+
+
+def gold_up_to_three_quarters(rollout):
+    """Even tokens are wanted up to a share of three quarters; each one more does harm."""
+    share = score_even(rollout)
+    return share - 3 * (share - 0.75).clamp_min(0)
+
+
+@pytest.mark.slow  # seconds, since a tenth of a gain is seen on a thousand responses only
+def test_the_alarm_comes_before_a_tenth_of_the_gold_scores_gain_is_lost(tmp_path):
+    config = WatchConfig(stop=True, stall_evaluations=3, entropy_ratio=None, distinct_ratio=None)
+    trainer = make(RewardWatch(config, gold_up_to_three_quarters), tmp_path / "ppo",
+                   rollout_batch_size=64, minibatch_size=64, learning_rate=3e-3, eval_steps=2,
+                   critic_learning_rate=1e-2, num_eval_prompts=960, keep_best=False,
+                   engine=EngineConfig(page_size=4, max_batch_size=64))
+    assert "since iteration" in trainer.train()
+    stopped = trainer.iteration
+    while trainer.iteration < 22:  # what would have come without the stop
+        trainer.step()
+    rows = [json.loads(line) for line in (tmp_path / "ppo/watch.jsonl").read_text().splitlines()]
+    golds = {row["step"]: row["gold"] for row in rows}
+    at_stop, start = golds[stopped], golds[0]
+    peak = max(golds.values())
+    assert at_stop > start + 0.9 * (peak - start) and golds[stopped // 2 // 2 * 2] < at_stop
+    assert golds[22] < start + 0.6 * (peak - start)  # risen and fallen
+    proxies = [row["proxy"] for row in rows]
+    assert proxies[2:] == sorted(proxies[2:])  # while the proxy keeps rising
+    assert not any(row["alarms"] for row in rows if row["step"] < stopped)
 
 
 def test_without_stop_the_run_goes_on_and_says_an_alarm_once(caplog):
