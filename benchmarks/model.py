@@ -20,7 +20,8 @@ from benchmarks import bench_generate
 from benchmarks.ceilings import ASSUMED, Ceilings
 from benchmarks.engine_workloads import MODELS
 from benchmarks.engine_workloads import Workload as EngineLoad
-from benchmarks.results import Row, load
+from benchmarks.peers.common import read_workload
+from benchmarks.results import ROOT, Row, load
 from benchmarks.scaling import Sizes
 from benchmarks.work import Work, generation, num_weights, ppo_phases
 from fastrl.models import DecoderConfig
@@ -118,8 +119,11 @@ def _points(row: Row, ceilings: Ceilings) -> list[Point]:
         work = generation(config, [sizes["P"]] * sizes["B"], wanted, itemsize=4)
         return [replace(point, work=work, name=f"{name}, {threads} threads")]
     if row.workload == "ppo" and "phases_s" in row.extra:
-        phases = ppo_phases(_llama(sizes), [sizes["P"]] * sizes["B"], [sizes["T"]] * sizes["B"],
-                            row.extra.get("num_minibatches", 4), itemsize=4)
+        workload = read_workload(ROOT / "benchmarks/workloads" / f"{row.case}.yaml")
+        phases = ppo_phases(
+            _of_workload(workload["model"]), [sizes["P"]] * sizes["B"],
+            [sizes["T"]] * sizes["B"], workload["num_minibatches"],
+            itemsize=2 if row.dtype == "bfloat16" else 4)
         return [replace(point, name=f"{name} {phase}, {threads} threads", work=work,
                         seconds=row.extra["phases_s"][f"{phase}_s"])
                 for phase, work in phases.items()]
@@ -142,6 +146,17 @@ def _sizes(sizes: Mapping[str, int]) -> str:
 def _llama(sizes: Mapping[str, int]) -> DecoderConfig:
     """The shape of the CPU workloads: tied embeddings, heads of 48 channels."""
     return Sizes(V=sizes["V"], D=sizes["D"], L=sizes["L"]).config
+
+
+def _of_workload(model: Mapping[str, int]) -> DecoderConfig:
+    """The llama that a workload file describes."""
+    head_dim = model.get("head_dim", model["hidden_size"] // model["num_heads"])
+    return DecoderConfig(
+        family="llama", vocab_size=model["vocab_size"], hidden_size=model["hidden_size"],
+        intermediate_size=model["intermediate_size"], num_layers=model["num_layers"],
+        num_heads=model["num_heads"], num_kv_heads=model.get("num_kv_heads", model["num_heads"]),
+        head_dim=head_dim, rotary_dim=head_dim, max_positions=model["max_positions"],
+        tie_embeddings=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from benchmarks import __main__, model
 from benchmarks.ceilings import Ceilings
 from benchmarks.engine_workloads import MODELS, random_model
 from benchmarks.model import Cluster, Point, fit, measured_points, predict
-from benchmarks.results import ROOT
+from benchmarks.results import ROOT, Row
 from benchmarks.scaling import Sizes
 from benchmarks.work import Work, forward, generation, num_weights, training
 from fastrl.models import PackedAttention
@@ -109,6 +109,18 @@ def test_every_row_that_fastrl_has_on_a_cpu_is_a_point_and_the_page_states_its_e
     page = (ROOT / "docs/step_time.md").read_text()
     assert all(f"| {name} | " in page for name in names)
     assert np.median([abs(known) for known, _ in model.errors(found)]) < 0.3
+
+
+def test_a_ppo_row_is_counted_with_the_sizes_of_its_workload() -> None:
+    """On a GPU: 8 KV heads of 128 channels, in bfloat16, 8 minibatches."""
+    sizes = {"B": 2, "P": 3, "T": 1, "V": 151936, "D": 1024, "L": 28}
+    phases = {f"{name}_s": 1.0 for name in ("rollout", "scoring", "policy_update", "critic_update")}
+    row = Row(workload="ppo", case="ppo_gpu", sizes=sizes, dtype="bfloat16", provider="fastrl",
+              median_s=4.0, extra={"phases_s": phases})
+    rollout, _, policy, _ = (point.work for point in model._points(row, CEILINGS))
+    weights = 28 * (1024 * 128 * 48 + 3 * 1024 * 3072) + 151936 * 1024
+    assert rollout.bytes == 2 * (weights + 6 * 2 * 28 * 8 * 128) + 8 * 2 * 151936
+    assert policy.bytes == 8 * 28 * weights
 
 
 def test_without_ceilings_there_are_no_points(tmp_path: Path) -> None:
