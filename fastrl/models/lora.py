@@ -17,7 +17,7 @@ from fastrl.config import TrainConfig
 from fastrl.errors import ConfigError
 from fastrl.models.causal_lm import CausalLM, ScalarModel
 from fastrl.models.decoder import Decoder
-from fastrl.models.heads import LMHead, Result
+from fastrl.models.heads import KEEPS_ROWS, LMHead, Result
 from fastrl.models.linear import Linear
 from fastrl.models.names import Source, trunk_sources
 from fastrl.models.spec import Adapters
@@ -125,7 +125,12 @@ class LoRAHead(LMHead):
     ) -> Result:
         """As `LMHead.forward`, with D + r in place of D."""
         states = torch.cat([hidden, self.scale * self.lora_a(hidden)], dim=-1)
-        weight = torch.cat([self.weight, self.lora_b.weight], dim=1)
+        b = self.lora_b.weight
+        if self.weight.dim() == 3:  # the engine's copy, [tiles, D, W]; see fastrl.models.by_input
+            b = b.view(len(self.weight), -1, b.shape[1]).transpose(1, 2)
+        weight = torch.cat([self.weight, b], dim=1)
+        if self.keeps_rows and op in KEEPS_ROWS:
+            kwargs["keeps_rows"] = True
         return op(states, weight, *args, bias=self.bias, **kwargs)
 
     def plain(self) -> LMHead:
@@ -208,6 +213,8 @@ def checked_targets(
         return tuple(known)
     if has_head:
         known[HEAD] = None
+    else:  # a critic has the targets of its policy, but for this one
+        asked = tuple(name for name in asked if name != HEAD)
     unknown = [name for name in asked if name not in known]
     if unknown or not asked:
         raise ConfigError(f"lora_targets: expected names out of {', '.join(known)}, got "

@@ -11,6 +11,7 @@ from fastrl.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from fastrl.errors import ConfigError
 from fastrl.models import load_causal_lm, load_scalar_model, save_causal_lm, save_scalar_model
 from fastrl.models.lora import sharing_copy, trained_parameters, without_adapters
+from fastrl.presets import GRPOConfig
 from fastrl.rewards import RewardModelScorer
 from fastrl.trainers.dpo import DPOTrainer
 from fastrl.trainers.ppo import PPOTrainer
@@ -246,3 +247,36 @@ def test_models_through_transformers_learn_by_adapters(task: Any, tmp_path: Path
     with torch.no_grad():
         ours, theirs = (packed_forward(m, [[3, 4, 5]])[0] for m in (policy, again))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("vocab_size", [13, 256])  # the engine cuts the head of one into tiles
+def test_an_adapted_head_samples_what_the_update_computes(task: Any, vocab_size: int) -> None:
+    policy = task.tiny_model(vocab_size=vocab_size)
+    before = base(policy)
+    config = PPOConfig(**(task.SETTINGS | LORA | {
+        "learning_rate": 1e-2, "reference": "adapters_off", "critic_init": "policy",
+        "lora_targets": ("lm_head", "v_proj")}))
+    critic = initial_critic(config, policy, None)
+    assert {name.split(".")[-3] for name in adapters(critic) if ".lora_a." in name} == {"qkv"}
+    trainer = PPOTrainer(config, policy, None, critic, task.score_even, task.PROMPTS)
+    for _ in range(3):
+        metrics = trainer.step()
+        assert metrics["logprob/gap_max"] < 1e-5 and metrics["logprob/num_recomputed"] == 0
+    assert abs(metrics["kl/policy_ref"]) > 1e-5
+    check_only_adapters_learned(policy, before, trainer.policy_learner.optimizer)
+    assert {name for name in adapters(policy) if name.startswith("lm_head.")} == {
+        "lm_head.lora_a.weight", "lm_head.lora_b.weight"}
+
+
+def test_groups_in_place_of_a_critic_learn_by_adapters(task: Any) -> None:
+    policy = task.tiny_model()
+    before = base(policy)
+    settings = {name: value for name, value in task.SETTINGS.items()
+                if name != "critic_learning_rate"}
+    trainer = PPOTrainer(GRPOConfig(**(settings | LORA | {
+        "learning_rate": 1e-2, "reference": "adapters_off", "num_samples_per_prompt": 4,
+        "kl_coef": 0.1})), policy, None, None, task.score_even, task.PROMPTS)
+    metrics = [trainer.step() for _ in range(2)]
+    assert abs(metrics[0]["kl/policy_ref"]) < 1e-6 < abs(metrics[1]["kl/policy_ref"])
+    assert metrics[1]["ratio/first_minibatch_max_error"] < 1e-5
+    check_only_adapters_learned(policy, before, trainer.policy_learner.optimizer)
