@@ -89,23 +89,23 @@ def test_the_table_of_peers() -> None:
 
 
 def test_the_plot_of_a_scaling_run_shows_each_doubling_below_the_limit() -> None:
-    rows = [row("train", "batch", 1.0 * 1.9**i, {"B": 16 * 2**i, "S": 64}, tokens_per_s=5.0 + i,
-                peak=2**20 * 2**i, **({"doubling": 1.9, "limit": 2.2} if i else {}))
+    rows = [row("train", "batch", 1.0 * 2.1**i, {"B": 16 * 2**i, "S": 64}, tokens_per_s=5.0 + i,
+                peak=2**20 * 2**i, **({"doubling": 2.1, "limit": 2.2} if i else {}))
             for i in range(3)]
     length = [replace(r, case="length", sizes={"B": 16, "S": 64 * 2**i})
               for i, r in enumerate(rows)]
     files = [file("scaling", [*rows, *length])]
     drawn = report.plots(files)
     assert set(drawn) == {"tokens_per_s", "memory", "scaling_train"}
-    # Markers of equal growth stand on one line; the last of 1.9^2 is below the limit of 2.2^2.
+    # Markers of equal growth stand on one line; the last, 2.1^2, is between 2^2 and the limit of 2.2^2.
     first, second, third = points(drawn["scaling_train"])[:3]
     assert second[0] - first[0] == pytest.approx(third[0] - second[0], abs=0.2)
     assert second[1] - first[1] == pytest.approx(third[1] - second[1], abs=0.2)
     limit = re.findall(r'd="M([^"]+)" fill="none" stroke="#808080"', drawn["scaling_train"])[0]
     assert float(limit.split("L")[-1].split()[1]) < third[1]
     assert report.doublings_table(files).splitlines()[2:] == [
-        "| train | batch | 1.90, 1.90 | 2.20, 2.20 |",
-        "| train | length | 1.90, 1.90 | 2.20, 2.20 |"]
+        "| train | batch | 2.10, 2.10 | 2.20, 2.20 |",
+        "| train | length | 2.10, 2.10 | 2.20, 2.20 |"]
 
 
 def test_the_roofline_has_a_point_for_each_row_and_the_ceilings() -> None:
