@@ -97,7 +97,7 @@ def test_the_plot_of_a_scaling_run_shows_each_doubling_below_the_limit() -> None
     files = [file("scaling", [*rows, *length])]
     drawn = report.plots(files)
     assert set(drawn) == {"tokens_per_s", "memory", "scaling_train"}
-    # Markers of equal growth stand on one line; the last, 2.1^2, is between 2^2 and the limit of 2.2^2.
+    # Markers of equal growth stand on one line; the last, 2.1^2, is above 2^2 and below 2.2^2.
     first, second, third = points(drawn["scaling_train"])[:3]
     assert second[0] - first[0] == pytest.approx(third[0] - second[0], abs=0.2)
     assert second[1] - first[1] == pytest.approx(third[1] - second[1], abs=0.2)
