@@ -115,6 +115,17 @@ def test_bytes_of_a_model_with_adapters() -> None:
     assert shape.joined_head_bytes(torch.bfloat16) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_norms_of_a_parallel_residual_share_their_input(family: str, dtype: torch.dtype) -> None:
+    """But where each makes a wide copy of it; no family has RMS norms and a parallel residual."""
+    config = replace(small_config(family), parallel_residual=True)
+    decoder = new_decoder(config, 0, dtype=dtype).backbone
+    layer = sizes.layer_bytes(config, dtype, device_type="cpu")
+    base = sizes.base_bytes(config, dtype, device_type="cpu")
+    assert kept_for_backward(decoder) == N * (2 * layer + base)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropout_keeps_its_masks(family: str) -> None:
     config = small_config(family)
