@@ -46,12 +46,13 @@ SIZES = {"roomy": {}, "short": {"num_pages": 8, "page_size": 4, "max_batch_size"
                                 "sync_every": 2}}
 
 
-def _failures(model: CausalLM, sizes: dict[str, Any], stride: int) -> None:
+def _failures(model: CausalLM, sizes: dict[str, Any], stride: int,
+              prompts: list[list[int]] = PROMPTS, sampling: SamplingConfig = SAMPLING) -> None:
     """One allocation in `stride` fails, each in a call of its own; responses keep their bits."""
     def call(failing: Any) -> Rollout:
         engine = Engine(model, EngineConfig(**sizes))
         with failing:
-            return engine.generate(PROMPTS, SAMPLING, seed=2, num_samples_per_prompt=2)
+            return engine.generate(prompts, sampling, seed=2, num_samples_per_prompt=2)
 
     counted = FailingAllocations(lambda number: False)
     expected = call(counted)
@@ -70,12 +71,13 @@ def test_allocations_of_a_call_may_fail(
     _failures(model, SIZES[kind], stride)
 
 
-@pytest.mark.exhaustive  # minutes: some 4000 calls
-@pytest.mark.parametrize("kind", SIZES)
-def test_every_allocation_of_a_call_may_fail(
-    model: CausalLM, kind: str, pages_checked_after_every_step: None
+@pytest.mark.exhaustive  # minutes
+def test_every_allocation_of_a_call_with_too_few_pages_may_fail(
+    model: CausalLM, pages_checked_after_every_step: None
 ) -> None:
-    _failures(model, SIZES[kind], 1)
+    """With enough pages: tests/trainers/test_every_allocation.py."""
+    _failures(model, SIZES["short"] | {"num_pages": 4}, 1, PROMPTS[:2],
+              SamplingConfig(max_new_tokens=3, stop_token_ids=()))
 
 
 def test_cancelling_takes_no_memory(model: CausalLM) -> None:

@@ -118,8 +118,9 @@ def test_allocations_of_a_step_may_fail(make: Any, task: SimpleNamespace) -> Non
 
 
 @pytest.mark.exhaustive  # minutes
-@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("make", [_sft, _reward, _dpo])
 def test_every_allocation_of_a_step_may_fail(make: Any, task: SimpleNamespace) -> None:
+    """Those of PPO are in test_every_allocation.py."""
     _same_step(make, task, num_points=10**6)
 
 
