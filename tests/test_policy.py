@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,20 @@ def _dataclass_nodes(module: object) -> dict[str, ast.ClassDef]:
     return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
-@pytest.mark.parametrize("module", [config, runs], ids=["config", "runs"])
-def test_every_config_field_has_a_sentence(module: object) -> None:
+SETTINGS = ["config.sampling", "config.train", "config.supervised", "config.ppo", "presets",
+            "reward_settings", "runs.between", "runs.ppo", "runs.training"]
+
+
+def test_every_class_of_settings_is_looked_at() -> None:
+    classes = {name for place in SETTINGS
+               for name in _dataclass_nodes(import_module(f"fastrl.{place}"))}
+    assert {cls.__name__ for cls in runs.RUN_TYPES.values()} <= classes
+    assert {name for name in config.__all__ if name.endswith("Config")} <= classes
+
+
+@pytest.mark.parametrize("place", SETTINGS)
+def test_every_config_field_has_a_sentence(place: str) -> None:
+    module = import_module(f"fastrl.{place}")
     missing = []
     for name, node in _dataclass_nodes(module).items():
         if not dataclasses.is_dataclass(getattr(module, name)):
