@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,12 +171,13 @@ STRIDES = {"rollout": 4, "evaluation policy kv_cache": 13}
 
 
 @pytest.fixture
-def iteration(task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iteration:
-    made = Iteration(_trainer(task), monkeypatch)
+def iteration(task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Iteration]:
+    made, logger = Iteration(_trainer(task), monkeypatch), logging.getLogger("fastrl")
     assert set(made.results) == set(PARTS)
-    # Thousands of them.
-    monkeypatch.setattr(logging.getLogger("fastrl"), "level", logging.ERROR)
-    return made
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # thousands of warnings
+    yield made
+    logger.setLevel(level)  # the attribute alone would leave what loggers remember of it
 
 
 def _count(iteration: Iteration, part: str) -> int:
