@@ -251,9 +251,8 @@ class PPOTrainer:
                 trunk_stands_still=not self._trains_jointly,
             ), "scoring", *SCORING_PARTS[config.critic_trunk])
         if greedy is not None:
-            greedy_scores = compute(partial(self.scorer, greedy), "scoring", "reward_model")
-            check_rollout_finite(self.iteration, greedy, scores=greedy_scores)
-            greedy_scores = used_scores(greedy_scores, greedy, config)
+            greedy_scores = compute(partial(self._greedy_scores, greedy), "scoring",
+                                    "reward_model")
         if raw_scores is None:
             raw_scores = compute(partial(self.scorer, rollout), "scoring", "reward_model")
 
@@ -361,6 +360,12 @@ class PPOTrainer:
             self.num_recomputed += 1
         return old_logprobs, {"logprob/gap_max": gap,
                               "logprob/num_recomputed": float(self.num_recomputed)}
+
+    def _greedy_scores(self, greedy: Rollout) -> Tensor:
+        """[P], as they are used, of the greedy responses."""
+        scores = self.scorer(greedy)
+        check_rollout_finite(self.iteration, greedy, scores=scores)
+        return used_scores(scores, greedy, self.config)
 
     def _coefficient_metrics(self, raw_scores: Tensor) -> dict[str, float]:
         """beta, also in units of the scores' std under the policy that training started from."""
