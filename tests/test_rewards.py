@@ -162,6 +162,11 @@ def test_an_interrupt_that_a_function_raises_in_its_thread_is_its_own() -> None:
     ({"a": 1.0, "b": 2.0}, "expected 2 scores, one per completion, got dict"),
     ([1.0, None], r"number for response 1, got None; prompt 'c', completion 'bc'"),
     ([1.0, "x"], r"number for response 1, got 'x'; prompt 'c', completion 'bc'"),
+    ([1.0, "0.5"], r"number for response 1, got '0.5'; prompt 'c', completion 'bc'"),
+    (torch.tensor(1.0), "expected 2 scores, one per completion, got Tensor"),
+    (torch.tensor(1.0).numpy(), "expected 2 scores, one per completion, got ndarray"),
+    (torch.ones(2, 2), r"number for response 0, got tensor\(\[1., 1.\]\)"),
+    ([1.0, 10**400], r"number for response 1, got 10{3}"),
 ])
 def test_what_cannot_be_scores_is_an_error_that_names_the_function(
     scores: object, message: str

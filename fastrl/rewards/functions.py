@@ -79,8 +79,9 @@ class FunctionScorer:
             raise
         except BaseException as error:  # sys.exit would end the run in silence
             raise self._explained(error, batch) from error
+        # A tensor or array without a dimension is one number, and has no length.
         is_list = isinstance(scores, Sequence | Tensor | np.ndarray) \
-            and not isinstance(scores, str | bytes)
+            and not isinstance(scores, str | bytes) and getattr(scores, "ndim", 1) > 0
         if not is_list or len(scores) != len(batch):
             size = f"{len(scores)}" if is_list else f"{type(scores).__name__} {scores!r:.200}"
             raise RewardError(
@@ -187,11 +188,13 @@ class FunctionScorer:
     def _number(self, score: object, sample: "_Sample") -> float:
         """One score as a finite float."""
         try:
+            if isinstance(score, str | bytes):
+                raise TypeError("a text is no number")
             value = float(score)  # type: ignore[arg-type]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise RewardError(
                 f"reward function {self.name}: expected a number for response {sample.index}, got "
-                f"{score!r}; {sample}") from error
+                f"{score!r:.200}; {sample}") from error
         if not abs(value) <= torch.finfo(torch.float32).max:
             raise NumericsError(
                 f"reward function {self.name}: expected a finite score for response "
