@@ -7,7 +7,7 @@ lines and prints. A model whose tokenizer has no chat template continues the tex
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from fastrl.config import SamplingConfig, check
@@ -33,7 +33,7 @@ COMMANDS = {
 class ChatRun(SamplingConfig):
     """The settings of `fastrl chat`."""
 
-    model_name_or_path: str
+    model_name_or_path: str = field(metadata={"aliases": ("model",)})
     """Folder of the model."""
     system: str | None = None
     """System message at the beginning of the conversation; not with prompt_format text."""

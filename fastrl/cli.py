@@ -148,9 +148,9 @@ def _stage(kind: str, parser: Parser, argv: list[str]) -> int:
 
     console = Console(quiet=quiet)
     folder = run_stage(kind, config, console=console)
-    made = f"data    {folder / 'demonstrations.jsonl'}" if kind == "best_of_n" \
-        else f"model   {folder / 'model'}"
-    console.result(f"{made}\nreport  {write_report(folder)}")
+    made = {"data": folder / "demonstrations.jsonl", "model": folder / "model"}
+    lines = [f"{name:<7} {path}" for name, path in made.items() if path.exists()]
+    console.result("\n".join([*lines, f"report  {write_report(folder)}"]))
     return 0
 
 

@@ -44,6 +44,9 @@ def merge(config: MergeRun, console: "Console") -> None:
     if target.exists():
         raise ConfigError(f"output_dir: expected a new folder, got {target}, which exists; choose "
                           "another name or delete it")
+    if not source.is_dir():
+        raise ModelError(f"{source}: expected a folder of adapters, found none there; check the "
+                         "path")
     if not is_adapter_folder(source):
         raise ModelError(f"{source}: expected a folder of adapters (adapter_config.json without "
                          "config.json), found none; a model that is no adapter needs no merging")

@@ -156,8 +156,15 @@ class BestOfNRun:
 
 
 def split_function(name: str) -> tuple[str | None, str]:
-    """(file, function) of `path/to/file.py:function`; (None, name) of a name without a file."""
+    """(file, function) of `path/to/file.py:function`; (None, name) of a name without a file.
+
+    Raises:
+        ConfigError: when a file comes without the function's name.
+    """
     path, colon, function = name.rpartition(":")
+    if name.endswith(".py") or (path.endswith(".py") and not function):
+        raise ConfigError(f"reward_function: expected path/to/file.py:name, got {name!r}, which "
+                          "names no function; write its name after a colon")
     return (path, function) if colon and path.endswith(".py") else (None, name)
 
 

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+from fastrl import cli
 from fastrl.best_of_n import (
     best_of_n_kl,
     best_of_n_mean,
@@ -163,6 +164,19 @@ def rows(folder):
 
 def honeys(row):
     return row["completion"].split().count("honey")
+
+
+def test_a_command_that_keeps_nothing_names_no_file(place, capsys):
+    command = ["best_of_n", "--model_name_or_path", str(place / "model"), "--prompts",
+               str(place / "prompts.jsonl"), "--reward_function", f"{place}/mine.py:honey",
+               "--num_samples_per_prompt", "2", "--sampling.max_new_tokens", "24"]
+    for threshold, is_named in (("-1", True), ("1000", False)):
+        folder = place / threshold
+        assert cli.main([*command, f"--threshold={threshold}", "--output_dir", str(folder)]) == 0
+        printed = capsys.readouterr().out
+        assert (folder / "demonstrations.jsonl").exists() == is_named
+        assert (f"data    {folder / 'demonstrations.jsonl'}" in printed) == is_named
+        assert f"report  {folder / 'report.html'}" in printed
 
 
 def test_the_best_completion_of_each_prompt_is_a_demonstration(place):

@@ -231,5 +231,5 @@ def test_command_line(plain: TextEncoder, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["chat", "--model_name_or_path", str(tmp_path / "absent")]) == 2
+    assert cli.main(["chat", "--model", str(tmp_path / "absent")]) == 2
     assert "absent: expected a model folder" in capsys.readouterr().err

@@ -99,6 +99,9 @@ def test_adapters_go_from_stage_to_stage_and_into_a_plain_model(
     assert "expected a new folder" in capsys.readouterr().err
     assert cli.main(["merge", "--model", str(merged), "--output_dir", str(world / "x")]) == 2
     assert "expected a folder of adapters" in capsys.readouterr().err
+    assert cli.main(["merge", "--model", str(world / "gone"), "--output_dir",
+                     str(world / "x")]) == 2
+    assert "gone: expected a folder of adapters, found none there" in capsys.readouterr().err
     assert cli.main(["merge", "--model", str(second), "--output_dir", str(world / "half"),
                      "--dtype", "bfloat16", "--quiet"]) == 0
     assert {t.dtype for t in load_file(world / "half" / "model.safetensors").values()} == {

@@ -169,6 +169,8 @@ def test_names_of_fastrl_verify():
     ("format", {"pattern": "("}, "format_reward: expected a regular expression"),
     ("gsm8k", {"target": 3}, "gsm8k: expected no arguments, got .'target'"),
     ("no/such.py:f", {}, "expected a Python file, found none at no/such.py"),
+    ("no/such.py", {}, "expected path/to/file.py:name, got 'no/such.py', which names no function"),
+    ("no/such.py:", {}, "expected path/to/file.py:name, got 'no/such.py:'"),
 ])
 def test_wrong_names_and_arguments_are_refused(name, arguments, message):
     with pytest.raises(ConfigError, match=message):

@@ -105,6 +105,9 @@ def merge_adapters(model: CausalLM | ScalarModel, path: str | Path) -> None:
     tensors = read_adapter_tensors(path)
     if isinstance(model, ScalarModel):
         tensors.pop(f"{SCORE}.weight", None)
+    elif f"{SCORE}.weight" in tensors:
+        raise ModelError(f"{path}: expected adapters of a language model, got a reward model's "
+                         f"({SCORE}.weight); give the folder of a policy")
     names = {name.rpartition(".lora_")[0] for name in tensors}
     expected = {f"{name}.lora_{letter}.weight" for name in names for letter in "AB"}
     if expected != tensors.keys():
@@ -120,6 +123,10 @@ def merge_adapters(model: CausalLM | ScalarModel, path: str | Path) -> None:
                          f"{', '.join(unknown[:4])}; use the base model that they were trained on")
     for name in sorted(names):
         a, b = (tensors[f"{name}.lora_{letter}.weight"] for letter in "AB")
+        if a.shape[0] != config["r"]:
+            raise ModelError(f"{path}: expected adapters of rank {config['r']}, as r in "
+                             f"{ADAPTER_CONFIG} says, got A {list(a.shape)} of {name}; copy both "
+                             "files of the folder again")
         wide = torch.promote_types(a.dtype, torch.float32)
         try:
             adders[name](scale * (b.to(wide) @ a.to(wide)))

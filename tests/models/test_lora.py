@@ -1,5 +1,6 @@
 """LoRA: peft is the oracle; adapters off are the frozen model; what is refused."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,24 @@ def test_without_peft_other_architectures_are_refused(
     with pytest.raises(ModelError, match="expected peft for opt, .* pip install peft"):
         adapt(model, settings())
     assert model.adapters is None and all(p.requires_grad for p in model.parameters())
+
+
+def test_adapters_of_another_rank_or_of_a_reward_model_are_refused(
+    checkpoint: Any, tmp_path: Path
+) -> None:
+    made = checkpoint("llama")
+    save_causal_lm(adapted(made.folder), tmp_path / "policy")
+    reward = scalar_from_causal(load_causal_lm(made.folder), seed=3)
+    adapt(reward, settings())
+    save_scalar_model(reward, tmp_path / "reward")
+    with pytest.raises(ModelError, match="adapters of a language model, got a reward model's"):
+        load_causal_lm(tmp_path / "reward")
+    path = tmp_path / "policy" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"r": config["r"] + 1}))
+    with pytest.raises(ModelError, match=f"rank {config['r'] + 1}, as r in adapter_config.json"):
+        load_causal_lm(tmp_path / "policy")
+
 
 
 @pytest.mark.parametrize(("name", "targets", "message"), [
