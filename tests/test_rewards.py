@@ -200,6 +200,18 @@ def test_an_exception_names_the_function_and_the_response_that_raises_it() -> No
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+@pytest.mark.parametrize("timeout_s", [None, 30.0])
+def test_a_timeout_error_of_the_function_is_no_time_limit(timeout_s: float | None) -> None:
+    def asks(prompts: list[str], completions: list[str]) -> list[float]:
+        if "bc" in completions:
+            raise TimeoutError("the server is silent")
+        return [1.0] * len(completions)
+
+    with pytest.raises(RewardError, match="TimeoutError: the server is silent, from response 1: "
+                                          ".*; correct the function"):
+        FunctionScorer(asks, LetterCodec(), timeout_s=timeout_s)(ROLLOUT)
+
+
 def test_an_exception_that_no_response_raises_alone() -> None:
     def pairwise(prompts: list[str], completions: list[str]) -> list[float]:
         if len(completions) > 1:

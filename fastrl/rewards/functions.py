@@ -152,7 +152,7 @@ class FunctionScorer:
         try:
             scores, error = answers.get(timeout=self.timeout_s)
         except Empty:
-            raise TimeoutError(f"no answer within {self.timeout_s:g} s") from None
+            raise _TooSlow(f"no answer within {self.timeout_s:g} s") from None
         if isinstance(error, KeyboardInterrupt):  # the user's own reaches the main thread only
             raise RuntimeError("KeyboardInterrupt raised in the function") from error
         if error is not None:
@@ -165,15 +165,16 @@ class FunctionScorer:
         Each response is tried alone, up to the first that fails; a function that takes too long is
         not tried again.
         """
-        culprit = None
-        if not isinstance(error, TimeoutError):
+        if isinstance(error, _TooSlow):
+            culprit, got, advice = None, str(error), "raise timeout_s, or make it faster"
+        else:
             culprit = next((sample for sample in batch if self._error_of(sample)), None)
+            got = f"{type(error).__name__}: {error}"
+            advice = "correct the function, or drop the row"
         where = f"{len(batch)} responses together; the first: {batch[0]}" if culprit is None \
             else f"response {culprit.index}: {culprit}"
-        advice = "raise timeout_s, or make it faster" if isinstance(error, TimeoutError) \
-            else "correct the function, or drop the row"
-        return RewardError(f"reward function {self.name}: expected scores, got "
-                           f"{type(error).__name__}: {error}, from {where}; {advice}")
+        return RewardError(f"reward function {self.name}: expected scores, got {got}, "
+                           f"from {where}; {advice}")
 
     def _error_of(self, sample: "_Sample") -> BaseException | None:
         """What the function raises for one response alone."""
@@ -200,6 +201,10 @@ class FunctionScorer:
                 f"reward function {self.name}: expected a finite score for response "
                 f"{sample.index}, got {value}; {sample}")
         return value
+
+
+class _TooSlow(Exception):
+    """A call took longer than `timeout_s`; a TimeoutError of the function is its own."""
 
 
 @dataclass(frozen=True, slots=True)
