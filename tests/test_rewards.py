@@ -8,7 +8,7 @@ from time import monotonic
 import pytest
 import torch
 
-from fastrl.errors import ConfigError, DataError, NumericsError, RewardError, ShapeError
+from fastrl.errors import ConfigError, DataError, RewardError, ShapeError
 from fastrl.models.causal_lm import scalar_from_causal
 from fastrl.models.decoder import DecoderConfig, new_decoder
 from fastrl.models.scoring import response_scores
@@ -186,7 +186,7 @@ def test_tensors_and_arrays_are_scores() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e39])
 def test_a_score_that_is_not_finite_names_the_sample(value: float) -> None:
-    with pytest.raises(NumericsError, match=r"finite score for response 1.*prompt 'c'.*'bc'"):
+    with pytest.raises(RewardError, match=r"finite score for response 1.*prompt 'c'.*'bc'"):
         FunctionScorer(lambda p, c: [1.0, value], LetterCodec())(ROLLOUT)
 
 

@@ -37,6 +37,10 @@ def breaks_later(prompts, completions):
     if len(calls) > 2:
         raise SystemExit("out of answers")
     return [0.0] * len(completions)
+
+def nan_later(prompts, completions):
+    calls.append(prompts)
+    return [0.0 if len(calls) < 3 else float("nan")] * len(completions)
 """
 
 
@@ -124,12 +128,13 @@ def test_gold_rewards_are_watched_and_never_optimised(place):
         settings(place, reward_function="gsm8k", gold_rewards=watched, eval_steps=None)
 
 
-def test_a_function_that_ends_a_run_leaves_the_policy_so_far(place):
-    config = settings(place, reward_function=f"{place}/mine.py:breaks_later", eval_steps=None,
+@pytest.mark.parametrize("name, message", [
+    ("breaks_later", "SystemExit: out of answers, from .*"), ("nan_later", "got nan; ")])
+def test_a_function_that_ends_a_run_leaves_the_policy_so_far(place, name, message):
+    config = settings(place, reward_function=f"{place}/mine.py:{name}", eval_steps=None,
                       num_iterations=5, best_of_n=None)
-    with pytest.raises(RewardError, match="function breaks_later: .*SystemExit: out of answers, "
-                                          "from .*prompt .*The policy after 2 iterations is in "
-                                          ".*last_model"):
+    with pytest.raises(RewardError, match=f"function {name}: .*{message}prompt .*The policy after "
+                                          "2 iterations is in .*last_model"):
         run(config)
     saved = load_causal_lm(place / "out/last_model").state_dict()
     start = load_causal_lm(place / "model").state_dict()

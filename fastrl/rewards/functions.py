@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrl.errors import ConfigError, DataError, NumericsError, RewardError
+from fastrl.errors import ConfigError, DataError, RewardError
 from fastrl.rewards.texts import TextDecoder, decode_response
 from fastrl.types import Prompt, Rollout
 
@@ -68,8 +68,8 @@ class FunctionScorer:
 
         Raises:
             RewardError: when the function raises, takes too long, or returns another number of
-                scores or not numbers; names the function and, where it can be known, the response.
-            NumericsError: when a score is not finite.
+                scores or not finite numbers; names the function and, where it can be known, the
+                response.
         """
         batch = self._texts(rollout)
         self._check_columns()
@@ -197,7 +197,7 @@ class FunctionScorer:
                 f"reward function {self.name}: expected a number for response {sample.index}, got "
                 f"{score!r:.200}; {sample}") from error
         if not abs(value) <= torch.finfo(torch.float32).max:
-            raise NumericsError(
+            raise RewardError(
                 f"reward function {self.name}: expected a finite score for response "
                 f"{sample.index}, got {value}; {sample}")
         return value
