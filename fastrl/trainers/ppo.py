@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastrl.config import PPOConfig
 from fastrl.engine import Engine
-from fastrl.exactness import exact_math
+from fastrl.exactness import choose_products, exact_math
 from fastrl.exactness.sweep import warn_of_failures
 from fastrl.kl_control import make_kl_controller
 from fastrl.memory.measure import MemoryWatch
@@ -143,6 +143,9 @@ class PPOTrainer:
         self.engine = Engine(policy, config.engine, encoder=encoder)
         if config.engine.exact:
             warn_of_failures(policy)
+            if self.reference is not None:
+                with exact_math(policy.lm_head.weight.device.type):
+                    choose_products(self.reference)
         self.residents = Residents(
             resident_parts(config, models),
             plan.parks, policy.lm_head.weight.device, folder=None if run is None else run.path,

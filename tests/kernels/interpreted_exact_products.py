@@ -19,13 +19,14 @@ from fastrl.config import EngineConfig, PPOConfig, SamplingConfig
 from fastrl.engine import Engine
 from fastrl.exactness import exact_math, rows
 from fastrl.exactness.sweep import OWN_KERNEL, RECOMPUTED, sweep
-from fastrl.models import CausalLM, decoder_config, new_decoder
+from fastrl.models import CausalLM, decoder_config, new_decoder, scalar_from_causal
 from fastrl.models.linear import Linear
 from fastrl.ops import linear_logprobs, linear_policy_loss
 from fastrl.packing import predict_rows
 from fastrl.trainers.common import packed_forward
 from fastrl.trainers.old_logprobs import update_logprobs
-from fastrl.types import Rollout
+from fastrl.trainers.ppo import PPOTrainer
+from fastrl.types import Prompt, Rollout
 
 KERNEL = "_linear_fwd_kernel"
 FAILING = {(64, 16), (16, 32)}  # gate and up together, and back
@@ -40,6 +41,13 @@ def tiny() -> CausalLM:
                             intermediate_size=32, max_positions=32)
     return new_decoder(replace(config, initializer_range=0.3), 0,
                        device=torch.get_default_device())
+
+
+class Forgetful(dict[Any, Any]):
+    """Choices of `auto`, none of which spares the next one."""
+
+    def __contains__(self, key: object) -> bool:
+        return False
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +71,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
                             rows.smallest_invariant_rows_on_gpu(product, dtype, device))
     monkeypatch.setattr(backends, "_refusal", lambda kernel, *args: real_refusal(
         kernel, *args[:-1], args[-1] or (kernel in KERNELS and is_interpreted())))
+    monkeypatch.setattr(backends, "_chosen", Forgetful())
     caches: tuple[Any, ...] = (rows.smallest_invariant_rows_on_gpu, rows.kernel_passes,
                                rows._log_once)
     for function in caches:
@@ -225,3 +234,24 @@ def test_a_kernel_that_fails_too_is_not_taken(monkeypatch: pytest.MonkeyPatch) -
     failed = [line for line in sweep(tiny()) if line.work == "product" and not line.is_exact]
     assert {(line.shape, line.used) for line in failed} == {
         ("64 x 16", RECOMPUTED), ("16 x 32", RECOMPUTED)}
+
+
+@pytest.mark.parametrize("reference", ["copy", "adapters_off"])
+def test_the_reference_takes_the_kernel_that_the_policy_takes(
+    reference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then KL is 0 before the first step. (16 rows of scoring are none of seven.)"""
+    monkeypatch.setattr("fastrl.trainers.ppo.warn_of_failures", lambda model: None)
+    policy = tiny()
+    config = PPOConfig(
+        num_iterations=1, rollout_batch_size=2, minibatch_size=2,
+        sampling=replace(SAMPLING, max_new_tokens=4),
+        critic_learning_rate=1e-3, eval_steps=None, missing_eos_penalty=None, ema_decay=None,
+        reference=reference,  # type: ignore[arg-type]
+        lora_rank=2 if reference == "adapters_off" else 0,
+        engine=EngineConfig(max_batch_size=2))
+    trainer = PPOTrainer(
+        config, policy, copy.deepcopy(policy) if reference == "copy" else None,
+        scalar_from_causal(tiny(), 1), lambda rollout: torch.tensor([0.0, 1.0]),
+        [Prompt(tuple(prompt), "") for prompt in PROMPTS])
+    assert abs(trainer.step()["kl/policy_ref"]) < 1e-5
