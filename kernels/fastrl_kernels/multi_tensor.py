@@ -1,7 +1,7 @@
 """One launch over many tensors: tables of addresses in which its blocks look up their part."""
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -75,3 +75,40 @@ def adamw_factors(
     step_size = learning_rate * root / (1 - betas[0] ** step.double())
     scale = torch.ones_like(root) if scale is None else scale.double()
     return torch.stack([step_size, epsilon * root, scale]).float()
+
+
+@torch.no_grad()
+def prepare_adamw(
+    prepare: Callable[..., Callable[[], None]], launch: Callable[..., None],
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], first: Sequence[Tensor],
+    second: Sequence[Tensor], remainders: Sequence[Tensor] = (), *, step: Tensor,
+    learning_rate: float, betas: tuple[float, float], epsilon: float, weight_decay: float = 0.0,
+    decayed: Sequence[bool] | None = None, scale: Tensor | None = None,
+    moment_scales: Sequence[tuple[Tensor, Tensor]] = (),
+) -> Callable[[], None]:
+    """fastrl.ops.adamw.prepare_adamw_step by a backend's kernel.
+
+    Args:
+        prepare: Takes all memory for a launch over contiguous tensors; what it returns launches.
+        launch: Both at once, as an op that a compiled graph holds.
+        Others: As there.
+    """
+    weights = [p.contiguous() for p in parameters]
+    arguments = (
+        weights, [g.contiguous() for g in gradients], first, second, remainders,
+        [s for pair in moment_scales for s in pair],
+        adamw_factors(step, learning_rate, betas, epsilon, scale), *betas,
+        1 - learning_rate * weight_decay,
+        [True] * len(weights) if decayed is None else decayed)
+    is_compiling = torch.compiler.is_compiling()
+    run = partial(launch, *arguments) if is_compiling else prepare(*arguments)
+
+    def update(kept: object = arguments) -> None:  # a table only has addresses
+        run()
+        if not is_compiling:  # autograd refuses whoever still needs the old weights
+            torch.autograd.graph.increment_version(parameters)
+        for parameter, weight in zip(parameters, weights, strict=True):
+            if not parameter.is_contiguous():
+                parameter.copy_(weight)
+
+    return update

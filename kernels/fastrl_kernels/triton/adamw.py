@@ -186,34 +186,8 @@ def _(*arguments: object) -> None:
     return None
 
 
-@torch.no_grad()
-def prepare_adamw_step(
-    parameters: Sequence[Tensor], gradients: Sequence[Tensor], first: Sequence[Tensor],
-    second: Sequence[Tensor], remainders: Sequence[Tensor] = (), *, step: Tensor,
-    learning_rate: float, betas: tuple[float, float], epsilon: float, weight_decay: float = 0.0,
-    decayed: Sequence[bool] | None = None, scale: Tensor | None = None,
-    moment_scales: Sequence[tuple[Tensor, Tensor]] = (),
-) -> Callable[[], None]:
-    """fastrl.ops.adamw.prepare_adamw_step on this backend."""
-    weights = [p.contiguous() for p in parameters]
-    arguments = (
-        weights, [g.contiguous() for g in gradients], first, second, remainders,
-        [s for pair in moment_scales for s in pair],
-        multi_tensor.adamw_factors(step, learning_rate, betas, epsilon, scale), *betas,
-        1 - learning_rate * weight_decay,
-        [True] * len(weights) if decayed is None else decayed)
-    is_compiling = torch.compiler.is_compiling()
-    run = partial(_launch_op, *arguments) if is_compiling else _prepare(*arguments)
-
-    def update(kept: object = arguments) -> None:  # a table only has addresses
-        run()
-        if not is_compiling:  # autograd refuses whoever still needs the old weights
-            torch.autograd.graph.increment_version(parameters)
-        for parameter, weight in zip(parameters, weights, strict=True):
-            if not parameter.is_contiguous():
-                parameter.copy_(weight)
-
-    return update
+prepare_adamw_step = partial(multi_tensor.prepare_adamw, _prepare, _launch_op)
+"""fastrl.ops.adamw.prepare_adamw_step on this backend."""
 
 
 def aot_cases(every: bool = False) -> list[AotCase]:
