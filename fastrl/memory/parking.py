@@ -12,6 +12,7 @@ pinned memory rounds up to powers of two); from the CPU's memory into a memory-m
 import ctypes
 import mmap
 import os
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable
@@ -104,6 +105,8 @@ class ParkingPlace:
             storages = self._addresses.leave(tensors, storages)
         else:
             for storage in storages:
+                if self._stream is None:
+                    _drop_pages(storage)
                 storage.resize_(0)
         self._parked = list(zip(storages, sizes, strict=True))
         self._release()
@@ -215,7 +218,7 @@ class ParkingPlace:
         """The way back on a CPU."""
         self._take_memory()
         self._fill()
-        self._drop_pages()
+        self._drop_mapped()
 
     def _queue_copies(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
         """The way back on a stream of its own; memory is taken by the stream that will use it."""
@@ -250,10 +253,10 @@ class ParkingPlace:
             return
         if self._mapping is not None:
             self._mapping.flush()
-        self._drop_pages()
+        self._drop_mapped()
         _trim_heap()
 
-    def _drop_pages(self) -> None:
+    def _drop_mapped(self) -> None:
         """On a CPU: the file keeps the bytes, this process no page of it."""
         if self._stream is None and self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._mapping.madvise(mmap.MADV_DONTNEED)
@@ -274,13 +277,26 @@ def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
-@cache
-def _malloc_trim() -> "ctypes._NamedFuncPointer | None":
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+def _drop_pages(storage: torch.UntypedStorage) -> None:
+    """Give the whole pages of memory that is freed next to the system.
+
+    GNU's C library keeps what lies at the end of a heap that another mapping has cut off.
+    """
+    madvise = _c_function("madvise") if sys.platform == "linux" else None
+    page = mmap.PAGESIZE
+    begin = -(-storage.data_ptr() // page) * page
+    num_bytes = (storage.data_ptr() + storage.nbytes()) // page * page - begin
+    if madvise is not None and num_bytes > 0:  # where the system refuses, it is freed all the same
+        madvise(ctypes.c_void_p(begin), ctypes.c_size_t(num_bytes), mmap.MADV_DONTNEED)
 
 
 def _trim_heap() -> None:
     """The C library keeps what is freed in small pieces; GNU's can be told to return it."""
-    trim = _malloc_trim()
+    trim = _c_function("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+@cache
+def _c_function(name: str) -> "ctypes._NamedFuncPointer | None":
+    return getattr(ctypes.CDLL(None), name, None)

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -98,6 +100,63 @@ def test_memory_is_given_back(tmp_path: Path, numel: int) -> None:
         assert with_them - resident_bytes() > 0.8 * total
         place.fetch()
         assert abs(resident_bytes() - with_them) < 0.5 * total  # no second copy in the map
+
+
+CUT_OFF_HEAP = """
+import ctypes
+import mmap
+import sys
+from pathlib import Path
+
+import torch
+
+from fastrl.memory.parking import ParkingPlace
+
+PAGE, NO_REPLACE = mmap.PAGESIZE, 0x100000
+libc = ctypes.CDLL(None)
+libc.sbrk.restype = libc.mmap.restype = ctypes.c_void_p
+libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: tensors lie in the heap
+libc.mallopt(-1, 2**20)  # M_TRIM_THRESHOLD: as without the line above
+end = -(-libc.sbrk(0) // PAGE) * PAGE
+flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_REPLACE
+assert libc.mmap(ctypes.c_void_p(end), PAGE, 0, flags, -1, ctypes.c_long(0)) == end
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+
+
+tensors = [torch.full((4 * 2**20,), float(number)) for number in range(4)]
+place = ParkingPlace("weights", torch.device("cpu"), Path(sys.argv[1]))
+place.park(tensors)
+place.fetch()
+with_them = resident_bytes()
+place.park(tensors)
+given_back = with_them - resident_bytes()
+place.fetch()
+assert [tensor.unique().tolist() for tensor in tensors] == [[0], [1], [2], [3]]
+print(given_back)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's brk and GNU's C library")
+def test_memory_is_given_back_from_a_heap_that_cannot_shrink(tmp_path: Path) -> None:
+    """The last tensor of a heap, behind whose end another mapping lies, is not GNU's to return."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", CUT_OFF_HEAP, str(tmp_path)], env=env, text=True,
+                         capture_output=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 0.95 * 64 * MIB
+
+
+def test_what_lies_between_parked_tensors_stays(tmp_path: Path) -> None:
+    """Pieces of the C library's heap, whose first and last pages they share."""
+    tensors = [torch.full((1500,), float(number)) for number in range(400)]
+    place = ParkingPlace("every second", CPU, tmp_path)
+    place.park(tensors[::2])
+    assert [tensor.unique().tolist() for tensor in tensors[1::2]] == [[n] for n in range(1, 400, 2)]
+    place.fetch()
+    assert [tensor.unique().tolist() for tensor in tensors] == [[n] for n in range(400)]
 
 
 def test_a_full_disk_is_an_error_and_nothing_is_lost(
