@@ -35,3 +35,7 @@ class RewardError(FastRLError, RuntimeError):
 
 class DeviceMemoryError(FastRLError, RuntimeError):
     """No memory is left even for the smallest piece of work; says what to make smaller."""
+
+
+class CheckpointError(FastRLError, RuntimeError):
+    """A checkpoint cannot be written, read or continued from; names folder, file and cause."""
