@@ -15,15 +15,13 @@ from torch import Tensor
 from fastrl.config import EngineConfig, SamplingConfig
 from fastrl.engine import Engine
 from fastrl.errors import ConfigError, DataError, ShapeError
+from fastrl.intervals import wilson
 from fastrl.models.causal_lm import CausalLM
 from fastrl.models.scoring import response_logprobs
 from fastrl.ops import kl_estimate
 from fastrl.rewards import Scorer, TextDecoder, decode_response
 from fastrl.trainers.common import evaluate_token_loss, mode
 from fastrl.types import Rollout, TokenExample
-
-Z_95 = 1.959964
-"""Two-sided 95% point of the normal distribution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,6 @@ def win_rate(scores_a: Tensor, scores_b: Tensor) -> WinRate:
         The rate, its interval, P and the number of ties.
     Raises:
         ShapeError: when the shapes differ, are not 1-D or 2-D, or are empty.
-    Source: Wilson 1927, Journal of the American Statistical Association 22.
     Example:
         >>> win_rate(torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0.0, 1.0, 3.0, 1.0])).rate
         0.625
@@ -67,10 +64,9 @@ def win_rate(scores_a: Tensor, scores_b: Tensor) -> WinRate:
     a, b = scores_a.double(), scores_b.double()
     outcomes = (a > b).double() + 0.5 * (a == b).double()
     per_prompt = outcomes.reshape(len(outcomes), -1).mean(dim=1)
-    n, rate, z = len(per_prompt), float(per_prompt.mean()), Z_95
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return WinRate(rate, centre - half, centre + half, n, int((a == b).sum()))
+    n, rate = len(per_prompt), float(per_prompt.mean())
+    low, high = wilson(rate, n)
+    return WinRate(rate, low, high, n, int((a == b).sum()))
 
 
 def language_model_loss(

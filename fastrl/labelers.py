@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastrl.demo import world
+from fastrl import world
 from fastrl.errors import ConfigError, DataError, ShapeError
 from fastrl.lexicon import score_lexicon
 from fastrl.rewards import TextDecoder, decode_response
@@ -42,7 +42,7 @@ def _lexicon(response: Response) -> float:
 
 
 def _world(response: Response) -> float:
-    """Right and polite answers win: see `fastrl.demo.world`."""
+    """Right and polite answers win: see `fastrl.world`."""
     return world.gold_score(response.prompt.text, response.text, response.has_stopped)
 
 

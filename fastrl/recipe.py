@@ -1,7 +1,7 @@
 """A recipe: a YAML file that names the stages of a run in order.
 
     name: stories
-    seed: 1
+    seed: 1                       # or seeds: [1, 2, 3], see fastrl.recipe_seeds
     short:                        # optional: settings of the short form
       ppo.num_iterations: 2
     stages:
@@ -14,7 +14,6 @@ so that a recipe holds no path of a machine.
 """
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 from fastrl.data.rows import DATASETS_PREFIX
 from fastrl.errors import ConfigError
 from fastrl.parsing import parse_config
+from fastrl.recipe_seeds import read_seeds, stages_of_seeds
 from fastrl.reward_settings import BestOfNRun, RewardPart, split_function
 from fastrl.runs import (
     PATH_FIELDS,
@@ -35,7 +35,9 @@ from fastrl.runs import (
     SelectRun,
     SFTRun,
     StageRun,
+    WorldRun,
 )
+from fastrl.world import WORLD_FILES
 from fastrl.yaml_file import check_keys, load_yaml, parse_yaml, unknown_key
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -61,7 +63,8 @@ class Recipe:
     """A checked recipe."""
 
     name: str
-    seed: int
+    seeds: tuple[int, ...]
+    """One, or those for which every stage is there, under a name that ends in the seed."""
     stages: tuple[Stage, ...]
     where: str
     """The file, for error messages."""
@@ -72,15 +75,16 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, short: bool 
 
     Args:
         path: YAML file.
-        overrides: `stage.field=value` (or `seed=value`), applied last; values are YAML.
+        overrides: `stage.field=value` (or `seed=value`, `seeds=[...]`), applied last; values are
+            YAML.
         short: Apply the recipe's `short` settings.
     Raises:
         ConfigError: names file, stage, field, what was expected and what came.
     """
     where = Path(path).name
     values = load_yaml(path)
-    check_keys(values, ("name", "seed", "short", "stages"), where)
-    values = {"seed": 0, "short": {}, **values}
+    check_keys(values, ("name", "seed", "seeds", "short", "stages"), where)
+    values = {"short": {}, **values}
     tables = _stage_tables(values.get("stages"), where)
     if not isinstance(values["short"], Mapping) or (short and not values["short"]):
         raise ConfigError(f"{where}: short: expected settings, one `stage.field: value` per line, "
@@ -89,15 +93,14 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, short: bool 
     changes |= dict(_parse_override(text) for text in overrides)
     for target, value in changes.items():
         _apply(values, tables, target, value, where)
-    name, seed = values.get("name"), values["seed"]
+    name, seeds = values.get("name"), read_seeds(values, where)
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{where}: name: expected text, got {name!r}")
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise ConfigError(f"{where}: seed: expected a whole number of at least 0, got {seed!r}")
-    stages = tuple(_parse_stage(table, seed, where) for table in tables.values())
+    stages = tuple(_parse_stage(table, where) for table in stages_of_seeds(
+        tables, seeds, is_repeated="seeds" in values))
     _check_references(stages, where)
     _check_selections(stages, where)
-    return Recipe(name=name, seed=seed, stages=stages, where=where)
+    return Recipe(name=name, seeds=seeds, stages=stages, where=where)
 
 
 def local_paths(config: StageRun) -> Iterator[tuple[str, str]]:
@@ -159,12 +162,6 @@ def resolve_stage(stage: Stage, output_dir: Path, data_root: Path) -> StageRun:
     return dataclasses.replace(stage.config, **changes, output_dir=str(output_dir / stage.name))
 
 
-def stage_seed(seed: int, name: str) -> int:
-    """The seed of a stage that does not set its own: a function of recipe seed and stage name."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
-
-
 def _stage_tables(stages: object, where: str) -> dict[str, dict[str, Any]]:
     """The settings of each stage by its name, in order."""
     if not isinstance(stages, list) or not stages:
@@ -193,8 +190,10 @@ def _parse_override(text: str) -> tuple[str, Any]:
 def _apply(values: dict[str, Any], tables: dict[str, dict[str, Any]], target: str, value: Any,
            where: str) -> None:
     """Set one dotted name; field names are checked later, with the rest of the stage."""
-    if target == "seed":
-        values["seed"] = value
+    if target in ("seed", "seeds"):  # either takes the place of both
+        values.pop("seed", None)
+        values.pop("seeds", None)
+        values[target] = value
         return
     stage, *fields = target.split(".")
     if stage not in tables:
@@ -212,7 +211,7 @@ def _apply(values: dict[str, Any], tables: dict[str, dict[str, Any]], target: st
     table[fields[-1]] = value
 
 
-def _parse_stage(table: Mapping[str, Any], seed: int, where: str) -> Stage:
+def _parse_stage(table: Mapping[str, Any], where: str) -> Stage:
     """One stage, its settings checked by its dataclass."""
     name, kind = table["name"], table.get("kind")
     where = f"{where}, stage {name!r}"
@@ -222,7 +221,7 @@ def _parse_stage(table: Mapping[str, Any], seed: int, where: str) -> Stage:
     if "output_dir" in settings:
         raise ConfigError(f"{where}: output_dir: a stage's folder is its name inside the output "
                           "folder of the recipe; remove this line")
-    settings = {"seed": stage_seed(seed, name), **settings, "output_dir": name}
+    settings["output_dir"] = name
     run_type: type[StageRun] = RUN_TYPES[kind]
     return Stage(name=name, kind=kind, config=parse_config(run_type, settings, where))
 
@@ -250,6 +249,8 @@ def _check_references(stages: Sequence[Stage], where: str) -> None:
 def _data_files(stage: Stage) -> tuple[str, ...] | None:
     """The data files of a stage that makes no model; None for a stage that makes one."""
     match stage.config:
+        case WorldRun():
+            return WORLD_FILES
         case PromptsRun():
             return ("train.jsonl", "heldout.jsonl", "eval.jsonl")
         case RankRun(heldout_prompts=heldout):

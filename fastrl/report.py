@@ -9,6 +9,7 @@ import fastrl
 from fastrl.console import format_seconds
 from fastrl.errors import ConfigError
 from fastrl.metrics import write_atomic
+from fastrl.report_comparison import comparison, evaluations_of_seeds
 from fastrl.report_curves import curves
 from fastrl.report_files import StageFiles, read_json, read_stages
 from fastrl.report_html import card, details, figure, page, paragraph, section, table, text
@@ -139,11 +140,18 @@ def _stage_command(stage: StageFiles) -> str:
 
 
 def _results(stages: Sequence[StageFiles]) -> list[str]:
-    """Win rates with intervals, and what each model costs and gains."""
+    """Win rates with intervals, and what each model costs and gains; seeds together first."""
+    groups = evaluations_of_seeds(stages)
+    pooled = [stage for group in groups for stage in group]
+    single = [stage for stage in stages if stage.evaluation and stage not in pooled]
+    return [*(comparison(group, stages) for group in groups), *_evaluations(single),
+            details("Each seed alone", "".join(_evaluations(pooled)))]
+
+
+def _evaluations(stages: Sequence[StageFiles]) -> list[str]:
+    """Cards, a plot and a table for each evaluation."""
     parts = []
     for stage in stages:
-        if not stage.evaluation:
-            continue
         result = stage.evaluation
         wins = [Interval(f"{win['model']} over {win['opponent']}", win["rate"], win["low"],
                          win["high"]) for win in result["win_rates"]]

@@ -44,6 +44,7 @@ svg path { fill: none; }
 .grid { stroke: var(--line); } .axis { stroke: var(--soft); }
 .base { stroke: var(--soft); stroke-dasharray: 4 3; }
 .line { stroke-width: 1.7; stroke-linejoin: round; } .whisker { stroke-width: 3; }
+.thin { stroke-width: 1; } circle.seed { opacity: .4; } figure.wide { grid-column: 1 / -1; }
 .s0 { --c: var(--c0); } .s1 { --c: var(--c1); } .s2 { --c: var(--c2); } .s3 { --c: var(--c3); }
 .s4 { --c: var(--c4); } .s5 { --c: var(--c5); }
 [class^=s] > path { stroke: var(--c); } [class^=s] > circle { fill: var(--c); }
@@ -106,9 +107,10 @@ def card(value: str, title: str, note: str) -> str:
             f"<small>{text(note)}</small></div>")
 
 
-def figure(title: str, note: str, plot: str, sentence: str) -> str:
+def figure(title: str, note: str, plot: str, sentence: str, *, is_wide: bool = False) -> str:
     """Return a plot (HTML) with its title, a note beside it and one plain sentence."""
-    return (f"<figure><h4>{text(title)} <span>{text(note)}</span></h4>{plot}"
+    width = ' class="wide"' if is_wide else ""
+    return (f"<figure{width}><h4>{text(title)} <span>{text(note)}</span></h4>{plot}"
             f"<figcaption>{text(sentence)}</figcaption></figure>")
 
 

@@ -5,6 +5,7 @@ without colour too). Every plot has a title and a description for screen readers
 its points.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -202,6 +203,66 @@ def interval_plot(title: str, rows: Sequence[Interval], *, label_id: str) -> str
             f'<circle cx="{axis(row.rate)}" cy="{y}" r="5"><title>{escape(row.name)}: '
             f"{row.rate:.3f} ({row.low:.3f} to {row.high:.3f})</title></circle></g>")
     return "".join(parts) + "</svg>"
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A point with its name and 95% intervals both ways, and the points that it is the mean of."""
+
+    name: str
+    x: Interval
+    y: Interval
+    points: tuple[tuple[float, float], ...] = ()
+
+
+def scatter_plot(title: str, marks: Sequence[Mark], x_label: str, *, label_id: str,
+                 base: float | None = None) -> str:
+    """Return an SVG of named points with whiskers; what they are the means of in faint dots.
+
+    The axes hold the points; a whisker that is longer ends at the edge.
+
+    Args:
+        title: Name of what is plotted, for screen readers.
+        marks: At least one.
+        x_label: What the horizontal axis shows.
+        label_id: Unique in the page; begins the ids of title and description.
+        base: Draw a dashed line at this height.
+    """
+    ys = [y for mark in marks for y in (mark.y.low, mark.y.high, *(y for _, y in mark.points))]
+    xs = [x for mark in marks for x in (mark.x.rate, *(x for x, _ in mark.points))]
+    low, high = _range(xs)
+    x_axis = _Axis(low, high + 0.12 * (high - low), _LEFT, _WIDTH - _RIGHT)  # room for names
+    y_axis = _Axis(*_range([*ys, *([] if base is None else [base])]), _HEIGHT - _BOTTOM, _TOP)
+    described = "; ".join(f"{mark.name}: {format_number(mark.y.rate)} at "
+                          f"{format_number(mark.x.rate)}" for mark in marks)
+    parts = [_head(title, f"Against {x_label}. {described}.", label_id, _WIDTH, _HEIGHT),
+             *_grid(x_axis, y_axis, x_label)]
+    if base is not None:
+        parts.append(f'<path class="base" d="M{_LEFT} {y_axis(base)}H{_WIDTH - _RIGHT}"/>')
+    heights = _apart([y_axis(mark.y.rate) for mark in marks])
+    for index, (mark, height) in enumerate(zip(marks, heights, strict=True)):
+        x, y = x_axis(mark.x.rate), y_axis(mark.y.rate)
+        left, right = (x_axis(min(max(end, x_axis.low), x_axis.high))
+                       for end in (mark.x.low, mark.x.high))
+        dots = "".join(f'<circle class="seed" cx="{x_axis(px)}" cy="{y_axis(py)}" r="2"/>'
+                       for px, py in mark.points)
+        parts.append(
+            f'<g class="s{index % NUM_STYLES}">{dots}'
+            f'<path class="thin" d="M{x} {y_axis(mark.y.low)}V{y_axis(mark.y.high)}'
+            f'M{left} {y}H{right}"/><circle cx="{x}" cy="{y}" r="4"><title>{escape(mark.name)}: '
+            f"{mark.y.rate:.3f} ({mark.y.low:.3f} to {mark.y.high:.3f}) at "
+            f"{format_number(mark.x.rate)}</title></circle></g>"
+            f'<text class="name" x="{x + 7}" y="{height - 3}">{escape(mark.name)}</text>')
+    return "".join(parts) + "</svg>"
+
+
+def _apart(heights: Sequence[float], gap: float = 12.0) -> list[float]:
+    """Heights of labels that keep a distance, each as near as that allows to the one above it."""
+    placed = list(heights)
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    for above, below in itertools.pairwise(order):
+        placed[below] = round(max(placed[below], placed[above] + gap), 1)
+    return placed
 
 
 def sparkline(ys: Sequence[float], max_points: int = 60) -> str:

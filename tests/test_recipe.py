@@ -3,7 +3,8 @@
 import pytest
 
 from fastrl.errors import ConfigError
-from fastrl.recipe import load_recipe, resolve_stage, stage_seed
+from fastrl.recipe import load_recipe, resolve_stage
+from fastrl.recipe_seeds import stage_seed
 from fastrl.runs import PATH_FIELDS, RUN_TYPES
 
 RECIPE = """
@@ -38,7 +39,7 @@ def recipe_file(tmp_path):
 
 def test_a_recipe_is_read_in_order(recipe_file):
     recipe = load_recipe(recipe_file())
-    assert (recipe.name, recipe.seed) == ("tiny", 7)
+    assert (recipe.name, recipe.seeds) == ("tiny", (7,))
     assert [(stage.name, stage.kind) for stage in recipe.stages] == [("sft", "sft"), ("ppo", "ppo")]
     assert recipe.stages[1].config.num_iterations == 30
     assert recipe.stages[1].references == ["@sft", "models/reward", "@sft/prompts.jsonl"]
@@ -63,7 +64,7 @@ def test_overrides_come_after_the_short_form(recipe_file):
                                        "ppo.learning_rate=1e-3", "seed=9"], short=True)
     ppo = both.stages[1].config
     assert (ppo.num_iterations, ppo.engine.page_size, ppo.learning_rate) == (5, 8, 1e-3)
-    assert both.seed == 9
+    assert both.seeds == (9,)
 
 
 def test_stages_get_seeds_of_their_own(recipe_file):
@@ -160,3 +161,39 @@ def test_every_setting_that_is_a_path_is_known():
     assert set(PATH_FIELDS) <= fields
     suspicious = {name for name in fields if name.endswith(("_model", "_or_path", "data", "text"))}
     assert suspicious <= set(PATH_FIELDS)
+
+
+def test_seeds_repeat_every_stage_with_what_it_refers_to(recipe_file):
+    recipe = load_recipe(recipe_file(old="seed: 7", new="seeds: [7, 3]"))
+    assert recipe.seeds == (7, 3)
+    assert [stage.name for stage in recipe.stages] == ["sft-7", "ppo-7", "sft-3", "ppo-3"]
+    alone = {seed: load_recipe(recipe_file(old="seed: 7", new=f"seed: {seed}")).stages
+             for seed in (7, 3)}
+    for stage, same in zip(recipe.stages, alone[7] + alone[3], strict=True):
+        seed = stage.name[-1]
+        assert stage.config.seed == same.config.seed  # the run of one seed, under another name
+        assert stage.config.output_dir == stage.name
+        if stage.kind == "ppo":
+            assert stage.config.model_name_or_path == f"@sft-{seed}"
+            assert stage.config.prompts == (f"@sft-{seed}/prompts.jsonl",)
+            assert stage.config.reward_model == "models/reward"
+            assert stage.config.sampling == same.config.sampling
+    changed = load_recipe(recipe_file(old="seed: 7", new="seeds: [7, 3]"), ["ppo.kl_coef=0.5"])
+    assert [s.config.kl_coef for s in changed.stages if s.kind == "ppo"] == [0.5, 0.5]
+    one = load_recipe(recipe_file(old="seed: 7", new="seeds: [7, 3]"), ["seed=4"])
+    assert [stage.name for stage in one.stages] == ["sft", "ppo"] and one.seeds == (4,)
+    several = load_recipe(recipe_file(), ["seeds=[1, 2]"])
+    assert [stage.name for stage in several.stages] == ["sft-1", "ppo-1", "sft-2", "ppo-2"]
+
+
+@pytest.mark.parametrize("new, message", [
+    ("seeds: []", "seeds: expected a list of different whole numbers of at least 0, got \\[\\]"),
+    ("seeds: 3", "seeds: expected a list"),
+    ("seeds: [1, 1]", "seeds: expected a list of different"),
+    ("seeds: [1, true]", "seeds: expected a list"),
+    ("seeds: [1, -2]", "seeds: expected a list"),
+    ("seed: 7\nseeds: [1]", "expected seed or seeds, got both"),
+])
+def test_seeds_that_cannot_be_meant_are_refused(recipe_file, new, message):
+    with pytest.raises(ConfigError, match=f"tiny.yaml: {message}"):
+        load_recipe(recipe_file(old="seed: 7", new=new))

@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from fastrl.recipe import load_recipe
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
-@pytest.mark.parametrize("name", ["stories", "human", "stories_rloo", "gsm8k_grpo"])
+@pytest.mark.parametrize("name", ["stories", "human", "stories_rloo", "stories_dpo", "gsm8k_grpo",
+                                  "compare"])
 @pytest.mark.parametrize("short", [False, True])
 def test_recipes_are_valid_and_hold_no_path_of_a_machine(name, short):
     recipe = load_recipe(RECIPES / f"{name}.yaml", short=short)
@@ -95,6 +98,76 @@ def test_stories_rloo_short_form_runs_on_the_real_model(required_shared, tmp_pat
     result = json.loads((tmp_path / "run/evaluation/evaluation.json").read_text())
     assert set(result["models"]) == {"initial", "rloo"}
     assert abs(result["models"]["rloo"]["kl"]["k1"]) < 1
+
+
+def test_dpo_has_the_rankings_of_ppo_and_nothing_else():
+    ppo, dpo = ({stage.name: stage for stage in load_recipe(RECIPES / name).stages}
+                for name in ("stories.yaml", "stories_dpo.yaml"))
+    assert [stage.kind for stage in dpo.values()] == ["prompts", "rank", "dpo", "evaluate"]
+    for stage in ("prompts", "rank"):
+        given = dpo[stage].config
+        assert all(getattr(given, name) == getattr(ppo[stage].config, name)
+                   for name in given.__dataclass_fields__ if name != "seed")
+    for name in ("prompts", "num_prompts", "labeler", "sampling"):
+        assert getattr(dpo["evaluation"].config, name) == getattr(ppo["evaluation"].config, name)
+
+
+@pytest.mark.slow
+def test_stories_dpo_short_form_runs_on_the_real_model(required_shared, tmp_path):
+    run_short("stories_dpo", required_shared, tmp_path / "run")
+    lines = [json.loads(line) for line in
+             (tmp_path / "run/dpo/metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss/dpo"] for line in lines if "loss/dpo" in line]
+    assert len(losses) == 3 and losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses[-1] < losses[0]
+    result = json.loads((tmp_path / "run/evaluation/evaluation.json").read_text())
+    assert result["judge"] == "lexicon" and set(result["models"]) == {"initial", "dpo"}
+    assert result["models"]["dpo"]["kl"]["k1"] > result["models"]["initial"]["kl"]["k1"]
+
+
+def test_the_comparison_gives_every_method_one_budget():
+    stages = {stage.name: stage.config for stage in load_recipe(RECIPES / "compare.yaml").stages}
+    assert len(stages) == 3 * 14
+    for seed in (1, 2, 3):
+        world = 840  # training prompts, tests/demo/test_run.py
+        budget = world * stages[f"rank-{seed}"].num_samples_per_prompt
+        for name in ("ppo", "ppo_ptx", "grpo", "rloo", "reinforce"):
+            run = stages[f"{name}-{seed}"]
+            assert run.num_iterations * run.rollout_batch_size == budget == 3360
+            assert run.reward_model == f"@reward-{seed}" and run.kl_coef > 0
+        best = stages[f"best-{seed}"]
+        assert best.num_prompts * best.num_samples_per_prompt == budget
+        assert stages[f"dpo-{seed}"].data == (f"@rank-{seed}/rankings.jsonl",)
+        assert stages[f"reward-{seed}"].data == (f"@rank-{seed}/rankings.jsonl",)
+        assert stages[f"ppo_ptx-{seed}"].ptx_coef > 0 == stages[f"ppo-{seed}"].ptx_coef
+        evaluation = stages[f"evaluation-{seed}"]
+        assert evaluation.best_of_n == 16 and evaluation.labeler == "world"
+        assert [pair[0] for pair in evaluation.pairs] == [
+            "ppo", "ppo-ptx", "grpo", "rloo", "reinforce++", "dpo", "best-of-16", "rejection"]
+    assert [stages[f"{name}-1"].advantage for name in ("ppo", "grpo", "rloo", "reinforce")] == [
+        "gae", "grpo", "rloo", "reinforce_plus_plus"]
+
+
+@pytest.mark.slow
+def test_the_short_comparison_ends_in_one_table_and_one_plot(tmp_path):
+    run_short("compare", tmp_path, tmp_path / "run")
+    page = (tmp_path / "run/report.html").read_text()
+    pooled = page.split("Each seed alone")[0]
+    assert "2 seeds together" in pooled and "win rate over sft against KL" in pooled
+    rows = dict(re.findall(r'<tr><th scope="row">([^<]+)</th><td>sft</td>(.*?)</tr>', pooled))
+    assert set(rows) == {"ppo", "ppo-ptx", "grpo", "rloo", "reinforce++", "dpo", "best-of-16",
+                         "rejection"}
+    seeds = [json.loads((tmp_path / f"run/evaluation-{seed}/evaluation.json").read_text())
+             for seed in (1, 2)]
+    for name, row in rows.items():
+        rates = [win["rate"] for seed in seeds for win in seed["win_rates"]
+                 if win["model"] == name]
+        assert f'{rates[0]:.3f}, {rates[1]:.3f}' in row
+    tokens = {name: [int(cell.replace(",", "")) for cell in re.findall(r"<td>([\d,]+)</td>", row)]
+              for name, row in rows.items()}
+    assert len({labels for labels, _ in tokens.values()}) == 1  # all from the same rankings
+    assert all((training == 0) == (name in ("dpo", "best-of-16"))
+               for name, (_, training) in tokens.items())
 
 
 @pytest.mark.slow

@@ -21,9 +21,11 @@ from fastrl.runs import (
     RLOORun,
     SelectRun,
     SFTRun,
+    WorldRun,
 )
 
 REQUIRED = {
+    WorldRun: {},
     PretrainRun: {"data": ("t.txt",)},
     SFTRun: {"model_name_or_path": "m", "data": ("d.jsonl",)},
     PromptsRun: {"model_name_or_path": "m"},

@@ -1,28 +1,18 @@
 """Run the demo: write the world's files, run the recipe on them, say what came out."""
 
 import json
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastrl.console import Console
-from fastrl.data.tokenizer import word_tokenizer
-from fastrl.demo import world
 from fastrl.errors import ConfigError
 from fastrl.metrics import write_atomic
 from fastrl.pipeline import run_recipe
 from fastrl.recipe import load_recipe
-from fastrl.trainers.common import derive_seed
+from fastrl.world_files import write_world
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
-
-NUM_DOCUMENTS = 6000
-NUM_HELDOUT_DOCUMENTS = 600
-NUM_EVAL_PROMPTS = 320
-NUM_HELDOUT_PROMPTS = 120
-NUM_ANSWERS = 2
-"""Demonstrations per training prompt."""
 
 
 def run_demo(
@@ -71,32 +61,6 @@ def _claim(output_dir: Path, seed: int) -> None:
     else:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_atomic(record, json.dumps({"seed": seed}) + "\n")
-
-
-def write_world(folder: Path, seed: int) -> None:
-    """Write text, demonstrations, prompts and tokenizer; the same seed writes the same bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(derive_seed(seed, "world"))
-    for name, count in (("corpus", NUM_DOCUMENTS), ("heldout", NUM_HELDOUT_DOCUMENTS)):
-        _write_rows(folder / f"{name}.jsonl", [{"text": t} for t in world.corpus(count, rng)])
-    questions = world.all_questions(rng)
-    held = NUM_EVAL_PROMPTS + NUM_HELDOUT_PROMPTS
-    parts = {
-        "prompts_eval": questions[:NUM_EVAL_PROMPTS],
-        "prompts_heldout": questions[NUM_EVAL_PROMPTS:held],
-        "prompts_train": questions[held:],
-    }
-    for name, part in parts.items():
-        _write_rows(folder / f"{name}.jsonl", [{"prompt": q.prompt} for q in part])
-    _write_rows(folder / "demonstrations.jsonl", [
-        {"prompt": q.prompt, "completion": world.answer(q, rng)}
-        for _ in range(NUM_ANSWERS) for q in parts["prompts_train"]
-    ])
-    word_tokenizer(world.vocabulary(), folder / "tokenizer")
-
-
-def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def summarize(run: Path, seed: int) -> dict[str, Any]:

@@ -6,18 +6,19 @@ strings; a tuple of paths is read in order, as one data set.
 """
 
 from fastrl.reward_settings import BestOfNRun
-from fastrl.runs.between import EvaluateRun, PromptsRun, RankRun, SelectRun
+from fastrl.runs.between import EvaluateRun, PromptsRun, RankRun, SelectRun, WorldRun
 from fastrl.runs.ppo import GRPORun, PPORun, RLOORun
 from fastrl.runs.training import DPORun, PretrainRun, RewardRun, SFTRun
 
 __all__ = ["PATH_FIELDS", "REWARD_FIELDS", "RUN_TYPES", "BestOfNRun", "DPORun", "EvaluateRun",
            "GRPORun", "PPORun", "PretrainRun", "PromptsRun", "RLOORun", "RankRun", "RewardRun",
-           "SFTRun", "SelectRun", "StageRun"]
+           "SFTRun", "SelectRun", "StageRun", "WorldRun"]
 
 StageRun = (PretrainRun | SFTRun | PromptsRun | RankRun | RewardRun | SelectRun | PPORun
-            | DPORun | BestOfNRun | EvaluateRun)
+            | DPORun | BestOfNRun | EvaluateRun | WorldRun)
 
 RUN_TYPES: dict[str, type[StageRun]] = {
+    "world": WorldRun,
     "pretrain": PretrainRun,
     "sft": SFTRun,
     "prompts": PromptsRun,

@@ -1,4 +1,4 @@
-"""Stages that train nothing: prompts, ranking, selection, evaluation."""
+"""Stages that train nothing: data, prompts, ranking, selection, evaluation."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,19 @@ from fastrl.config import EngineConfig, SamplingConfig, check
 from fastrl.config.checks import check_positive
 from fastrl.reward_settings import RewardPart, join_parts
 from fastrl.runs.checks import Dtype, check_files, check_weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorldRun:
+    """The world of `fastrl demo`: text, demonstrations, prompts and a tokenizer, made on the spot.
+
+    Its gold score is the labeler `world`.
+    """
+
+    output_dir: str
+    """Folder of this run; it must not hold another run."""
+    seed: int = 0
+    """Seeds texts and demonstrations, and which prompts are held out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

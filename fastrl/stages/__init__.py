@@ -16,12 +16,14 @@ from fastrl.stages.best_of_n import best_of_n
 from fastrl.stages.evaluate import evaluate
 from fastrl.stages.sampling import prompts, rank
 from fastrl.stages.training import dpo, ppo, pretrain, reward, select, sft
+from fastrl.stages.world import world
 from fastrl.trainers.common import resolve_device
 from fastrl.yaml_file import unknown_key
 
 __all__ = ["run_stage"]
 
 _STAGES: dict[str, Callable[..., None]] = {
+    "world": world,
     "pretrain": pretrain,
     "sft": sft,
     "prompts": prompts,
@@ -64,7 +66,7 @@ def run_stage(kind: str, config: StageRun, *, console: Console, name: str | None
                                {path: Path(path) for _, path in local_paths(config)})
     make_folder = partial(RunFolder, config.output_dir, config, stage=kind,
                           report_to=getattr(config, "report_to", ()),
-                          device=resolve_device(config.device), lineage=lineage)
+                          device=resolve_device(getattr(config, "device", "cpu")), lineage=lineage)
     opened: list[RunFolder] = []
 
     def open_folder() -> RunFolder:

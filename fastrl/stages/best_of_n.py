@@ -41,7 +41,7 @@ def best_of_n(run: BestOfNRun, open_folder: OpenFolder, console: Console) -> Non
     n, seed = run.num_samples_per_prompt, derive_seed(run.seed, "best_of_n")
     size = max(1, _SAMPLES_PER_ROUND // n)
     columns: list[tuple[Tensor, Tensor | None]] = []
-    num_kept = num_without = 0
+    num_kept = num_without = num_tokens = 0
     with open_folder() as folder, console.progress("samples", len(prompts)) as progress:
         for begin in range(0, len(prompts), size):
             part = prompts[begin:begin + size]
@@ -51,6 +51,7 @@ def best_of_n(run: BestOfNRun, open_folder: OpenFolder, console: Console) -> Non
                             for scorer in scorers)
             assert scores is not None  # check_rewards has seen a reward
             columns.append((scores, gold))
+            num_tokens += int(rollout.response_lens.sum())
             kept = _demonstrations(run, part, rollout, scores, encoder)
             for rows in kept:
                 num_without += not rows
@@ -60,7 +61,8 @@ def best_of_n(run: BestOfNRun, open_folder: OpenFolder, console: Console) -> Non
             progress.update(min(begin + size, len(prompts)), {})
         table = _table(columns)
         result = {"num_prompts": len(prompts), "num_samples_per_prompt": n, "table": table,
-                  "num_kept": num_kept, "num_prompts_without": num_without}
+                  "num_kept": num_kept, "num_prompts_without": num_without,
+                  "generated_tokens": num_tokens}
         folder.write_json(RESULT, result)
         folder.finish({**table[-1], **{k: v for k, v in result.items() if k != "table"}})
     _show(table, console)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from fastrl.console import Console
-from fastrl.demo.run import run_demo, write_world
+from fastrl.demo.run import run_demo
 from fastrl.errors import ConfigError
+from fastrl.world_files import write_world
 
 SHORT = ("base.max_steps=12", "sft.max_steps=6", "reward.max_steps=6", "ppo.num_iterations=2",
          "ppo_ptx.num_iterations=2", "ppo.num_eval_prompts=8", "ppo_ptx.num_eval_prompts=8",

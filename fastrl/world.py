@@ -16,6 +16,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+WORLD_FILES = ("corpus.jsonl", "heldout.jsonl", "demonstrations.jsonl", "prompts_train.jsonl",
+               "prompts_heldout.jsonl", "prompts_eval.jsonl", "tokenizer")
+"""What `fastrl.world_files.write_world` writes."""
+
 NAMES = ("tom", "anna", "ben", "lily", "max", "mia", "sam", "zoe", "leo", "emma", "jack", "rose",
          "finn", "ruth", "hugo", "nora")
 

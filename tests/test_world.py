@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from fastrl.demo import world
+from fastrl import world
 
 PROMPT = "tom asks : what does the fox eat ? answer :"
 TELL = "mia asks : tell me about the owl . answer :"
