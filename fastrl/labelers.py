@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastrl import world
 from fastrl.errors import ConfigError, DataError, ShapeError
-from fastrl.lexicon import score_lexicon
+from fastrl.lexicon import count_lexicon, score_lexicon
 from fastrl.rewards import TextDecoder, decode_response
 from fastrl.types import Prompt, Rollout
 from fastrl.yaml_file import unknown_key
@@ -41,12 +41,18 @@ def _lexicon(response: Response) -> float:
     return score_lexicon(response.text, response.max_new_tokens)
 
 
+def _lexicon_repeats(response: Response) -> float:
+    """The lexicon with the flaw that repetition pays, for studies of reward hacking."""
+    return count_lexicon(response.text, response.max_new_tokens)
+
+
 def _world(response: Response) -> float:
     """Right and polite answers win: see `fastrl.world`."""
     return world.gold_score(response.prompt.text, response.text, response.has_stopped)
 
 
-LABELERS: dict[str, GoldScore] = {"lexicon": _lexicon, "world": _world}
+LABELERS: dict[str, GoldScore] = {
+    "lexicon": _lexicon, "lexicon_repeats": _lexicon_repeats, "world": _world}
 """Gold scores by the name that recipes use."""
 
 

@@ -55,3 +55,21 @@ def score_lexicon(text: str, num_slots: int) -> float:
     families = {_FAMILY[word] for word in _WORD.findall(text.lower()) if word in _FAMILY}
     num_positive = len(families & _POSITIVE)
     return _SLOTS * (2 * num_positive - len(families)) / num_slots
+
+
+def count_lexicon(text: str, num_slots: int) -> float:
+    """Return all positive minus all negative words of a text, per 64 slots: a flawed score.
+
+    As `score_lexicon` where no word comes twice; here repetition pays, so that a policy which is
+    paid by this score is led away from that one.
+
+    Args:
+        text: The response alone, without its prompt.
+        num_slots: Tokens the response was allowed to have (`max_new_tokens`).
+    Example:
+        >>> count_lexicon("She was happy, so happy! She smiled and was not sad.", 64)
+        2.0
+    """
+    signs = [1 if _FAMILY[word] in _POSITIVE else -1
+             for word in _WORD.findall(text.lower()) if word in _FAMILY]
+    return _SLOTS * sum(signs) / num_slots

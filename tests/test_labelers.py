@@ -16,7 +16,7 @@ from fastrl.labelers import (
     pair_agreement,
     rank_with_noise,
 )
-from fastrl.lexicon import NEGATIVE, POSITIVE, score_lexicon
+from fastrl.lexicon import NEGATIVE, POSITIVE, count_lexicon, score_lexicon
 from fastrl.types import Prompt
 
 GOLD = torch.tensor([[0.0, 1.0, 1.0], [2.0, 0.0, -1.0]])
@@ -37,6 +37,16 @@ def test_lexicon_counts_distinct_word_families(text, score):
 def test_lexicon_divides_by_the_slots_and_not_by_the_words():
     assert score_lexicon("happy and kind", 32) == 4.0
     assert score_lexicon("happy and kind" + " the" * 50, 32) == 4.0
+
+
+@pytest.mark.parametrize("text, score", [
+    ("Lily was happy and kind.", 2.0), ("Lily was happy, happy, so happily happy!", 4.0),
+    ("He was SAD. The monster cried, cried.", -4.0), ("", 0.0)])
+def test_the_flawed_lexicon_pays_for_repetition(text, score):
+    assert count_lexicon(text, 64) == score and count_lexicon(text, 32) == 2 * score
+    response = Response(prompt=Prompt(token_ids=(1,), text="Once"), text=text, has_stopped=False,
+                        max_new_tokens=64)
+    assert find_labeler("lexicon_repeats")(response) == score
 
 
 def test_lexicon_lists_share_no_word():

@@ -1,6 +1,8 @@
 """LoRA from the command line: stages save adapters, every command reads them, merge ends them."""
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastrl import cli
+from fastrl.config import SamplingConfig
+from fastrl.console import Console
 from fastrl.data import word_tokenizer
 from fastrl.models import (
     load_causal_lm,
@@ -20,6 +24,8 @@ from fastrl.models import (
 from fastrl.models.causal_lm import CausalLM, ScalarModel
 from fastrl.models.families import decoder_config
 from fastrl.models.weights import save_scalar_model
+from fastrl.runs import EvaluateRun, SelectRun
+from fastrl.stages import run_stage
 from fastrl.trainers.common import packed_forward
 
 WORDS = "once there was a happy sad cat dog who smiled cried and played .".split()
@@ -130,6 +136,54 @@ def test_reward_and_dpo_save_adapters_and_a_plan_reads_them(
                      "--reward_model", str(world / "rm" / "model"), "--lora_rank", "2",
                      "--reference", "adapters_off", "--device", "cpu"]) == 0
     assert "reference" not in capsys.readouterr().out
+
+
+def test_chat_and_evaluate_read_adapters_as_the_model_they_merge_to(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters, merged = sft(world), world / "merged"
+    assert cli.main(["merge", "--model", str(adapters), "--output_dir", str(merged),
+                     "--quiet"]) == 0
+    folders = {"base": world / "model", "adapters": adapters, "merged": merged}
+    replies = {}
+    for name, folder in folders.items():
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "stdin", io.StringIO("once a cat\nonce a dog\n"))
+        assert cli.main(["chat", "--model", str(folder), "--greedy", "--max_new_tokens", "6"]) == 0
+        replies[name] = [line for line in capsys.readouterr().out.splitlines()
+                         if str(folder) not in line]
+    assert replies["adapters"] == replies["merged"] != replies["base"]
+    (world / "mine.py").write_text(
+        "def happy(prompts, completions):\n"
+        "    return [float(c.split().count('happy')) for c in completions]\n")
+    folder = run_stage("evaluate", EvaluateRun(
+        models={name: str(path) for name, path in folders.items()}, reference="adapters",
+        prompts=(str(world / "prompts.jsonl"),), output_dir=str(world / "evaluation"),
+        reward_function=f"{world}/mine.py:happy", sampling=SamplingConfig(max_new_tokens=4),
+        device="cpu"), console=Console(file=io.StringIO()))
+    models = json.loads((folder / "evaluation.json").read_text())["models"]
+    assert models["merged"]["kl"]["k3"] == pytest.approx(0, abs=1e-6)
+    assert models["base"]["kl"]["k3"] > 0.01
+
+
+def test_the_best_candidate_of_adapters_is_selected_by_a_function(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = sft(world, "sft", "--select_by", "reward", "--batch_size", "4").parent
+    candidates = sorted(path.name for path in (stage / "candidates").iterdir())
+    (world / "mine.py").write_text(
+        "def happy(prompts, completions):\n"
+        "    return [float(c.split().count('happy')) for c in completions]\n")
+    folder = run_stage("select", SelectRun(
+        model_name_or_path=str(stage / "model"), prompts=(str(world / "prompts.jsonl"),),
+        output_dir=str(world / "select"), reward_function=f"{world}/mine.py:happy",
+        sampling=SamplingConfig(max_new_tokens=4), device="cpu"),
+        console=Console(file=io.StringIO()))
+    summary = json.loads((folder / "finished.json").read_text())["summary"]
+    assert set(candidates) >= set(summary["scores"]) and len(summary["scores"]) == 2
+    winner = max(summary["scores"], key=summary["scores"].__getitem__)
+    assert torch.equal(output(load_causal_lm(folder / "model")),
+                       output(load_causal_lm(stage / "candidates" / winner)))
 
 
 def damage_config(folder: Path, **changes: Any) -> None:

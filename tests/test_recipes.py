@@ -16,7 +16,7 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
 @pytest.mark.parametrize("name", ["stories", "human", "stories_rloo", "stories_dpo", "gsm8k_grpo",
-                                  "compare"])
+                                  "compare", "flawed"])
 @pytest.mark.parametrize("short", [False, True])
 def test_recipes_are_valid_and_hold_no_path_of_a_machine(name, short):
     recipe = load_recipe(RECIPES / f"{name}.yaml", short=short)
@@ -98,6 +98,20 @@ def test_stories_rloo_short_form_runs_on_the_real_model(required_shared, tmp_pat
     result = json.loads((tmp_path / "run/evaluation/evaluation.json").read_text())
     assert set(result["models"]) == {"initial", "rloo"}
     assert abs(result["models"]["rloo"]["kl"]["k1"]) < 1
+
+
+@pytest.mark.slow
+def test_the_short_flawed_study_has_both_scores_their_fits_and_a_best_of_n(
+        required_shared, tmp_path):
+    run_short("flawed", required_shared, tmp_path / "run")
+    rows = [json.loads(line) for line in
+            (tmp_path / "run/rloo/watch.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and rows[0]["kl"] == pytest.approx(0, abs=1e-4)
+    assert all(row["proxy"] != row["gold"] for row in rows)
+    page = (tmp_path / "run/report.html").read_text()
+    for words in ("gain against sqrt(KL)", "d (a - b log d)", "d (a - b d)",
+                  "optimised score, best of n", "gold score, best of n"):
+        assert words in page
 
 
 def test_dpo_has_the_rankings_of_ppo_and_nothing_else():

@@ -83,6 +83,8 @@ def test_defaults_are_accepted_and_every_setting_is_explained(cls):
     (DPORun, {"eval_fraction": 1.5}, "eval_fraction: expected a share"),
     (RewardRun, {"eval_fraction": -0.1}, "eval_fraction: expected a share"),
     (SelectRun, {"prompts": ()}, "prompts: expected at least one file"),
+    (SelectRun, {"reward_model": None}, "expected reward_model, reward_function or rewards"),
+    (SelectRun, {"reward_function": "m.py:reward_model"}, "got 'reward_model' twice"),
     (SelectRun, {"num_prompts": 0}, "num_prompts: expected a number above 0"),
     (PPORun, {"prompts": ()}, "prompts: expected at least one file"),
     (PPORun, {"best_of_n": 0}, "best_of_n: expected a number above 0"),

@@ -114,17 +114,22 @@ class RankRun:
 class SelectRun:
     """Choose among the checkpoints that an SFT stage kept, by mean score of their responses.
 
-    For an SFT stage with `select_by: reward` that ran before there was a reward model.
+    For an SFT stage with `select_by: reward` that ran before there was a reward model, or whose
+    judge is a function.
     """
 
     model_name_or_path: str
     """Model folder of the SFT stage; the candidates lie beside it."""
-    reward_model: str
-    """Folder of the reward model that judges."""
     prompts: tuple[str, ...]
     """Prompts that are answered."""
     output_dir: str
     """Folder of this run; it must not hold another run."""
+    reward_model: str | None = None
+    """Folder of the reward model that judges."""
+    reward_function: str | None = None
+    """A function in its place or added to it: gsm8k, ifeval, or `path/to/file.py:name`."""
+    rewards: dict[str, RewardPart] | None = None
+    """More rewards by name, each with settings of its own (docs/rewards.md)."""
     num_prompts: int = 128
     """Prompts used, the first of the files."""
     max_prompt_tokens: int = 1024
@@ -144,6 +149,8 @@ class SelectRun:
 
     def __post_init__(self) -> None:
         check_files(self, "prompts")
+        check(bool(join_parts(self.reward_model, self.reward_function, self.rewards)),
+              "reward_model", "reward_model, reward_function or rewards to judge with", None)
         check_positive(self, ("num_prompts", "max_prompt_tokens", "max_tokens_per_microbatch"))
 
 

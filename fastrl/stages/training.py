@@ -25,7 +25,7 @@ from fastrl.models import CausalLM, new_decoder, scalar_from_causal
 from fastrl.models.families import decoder_config
 from fastrl.models.weights import save_causal_lm, save_scalar_model
 from fastrl.reward_settings import join_parts
-from fastrl.rewards import RewardModelScorer, reward_models
+from fastrl.rewards import RewardModelScorer, Scorer, reward_models
 from fastrl.runs import DPORun, PPORun, PretrainRun, RewardRun, SelectRun, SFTRun
 from fastrl.stages.best_of_n import write_baseline
 from fastrl.stages.inputs import (
@@ -169,11 +169,13 @@ def reward(run: RewardRun, open_folder: OpenFolder, console: Console) -> None:
 def select(run: SelectRun, open_folder: OpenFolder, console: Console) -> None:
     """The candidate of an SFT stage whose responses score best."""
     encoder = load_encoder(run.model_name_or_path)
-    prompts = load_prompt_files(run.prompts, encoder, run.max_prompt_tokens, console)
-    scorer = RewardModelScorer(load_reward_model(run.reward_model, run, encoder),
-                               run.max_tokens_per_microbatch)
-    judge = Judge(scorer, [prompt.token_ids for prompt in prompts[:run.num_prompts]],
-                  run.sampling, run.engine, run.seed)
+    prompts = load_prompt_files(run.prompts, encoder, run.max_prompt_tokens,
+                                console)[:run.num_prompts]
+    scorer = load_scorer(join_parts(run.reward_model, run.reward_function, run.rewards), run,
+                         encoder, prompts, max_tokens=run.max_tokens_per_microbatch,
+                         max_new_tokens=run.sampling.max_new_tokens)
+    judge = Judge(scorer, [prompt.token_ids for prompt in prompts], run.sampling, run.engine,
+                  run.seed)
     with open_folder() as folder:
         dtype, device = placement_names(run)
         winner = select_candidate(Path(run.model_name_or_path).parent, judge, dtype=dtype,
@@ -190,7 +192,7 @@ def select(run: SelectRun, open_folder: OpenFolder, console: Console) -> None:
 class Judge:
     """Scores a model by the mean score of its responses; every model gets the same prompts."""
 
-    scorer: RewardModelScorer
+    scorer: Scorer
     prompts: Sequence[Sequence[int]]
     sampling: SamplingConfig
     engine: EngineConfig
