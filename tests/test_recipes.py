@@ -107,7 +107,7 @@ def test_the_short_flawed_study_has_both_scores_their_fits_and_a_best_of_n(
     rows = [json.loads(line) for line in
             (tmp_path / "run/rloo/watch.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and rows[0]["kl"] == pytest.approx(0, abs=1e-4)
-    assert all(row["proxy"] != row["gold"] for row in rows)
+    assert any(row["proxy"] > row["gold"] for row in rows)  # what repetition is paid
     page = (tmp_path / "run/report.html").read_text()
     for words in ("gain against sqrt(KL)", "d (a - b log d)", "d (a - b d)",
                   "optimised score, best of n", "gold score, best of n"):
