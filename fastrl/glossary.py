@@ -29,6 +29,9 @@ GLOSSARY: dict[str, Term] = {
         ("OpenRLHF: ptx_loss", "DeepSpeed-Chat: unsup_loss")),
     "data/epoch": Term("Passes over the training data finished so far.", ("TRL: epoch",)),
     "data/target_tokens": Term("Tokens of this step that count in the loss."),
+    "data/dropped_share": Term(
+        "Share of the training rows that were dropped or cut as too long or useless; once per "
+        "run."),
     "select/score": Term("Value that checkpoints are chosen by, at this checkpoint."),
     "grad/norm": Term(
         "Length of the whole gradient before clipping; a sudden jump announces trouble.",
@@ -83,8 +86,13 @@ GLOSSARY: dict[str, Term] = {
         "Mean score of this iteration's responses, as the reward model or function gave it.",
         ("TRL: objective/scores", "OpenRLHF: reward", "verl: critic/score/mean")),
     "reward/score_std": Term("Spread of those scores; 0 means there is nothing to learn from."),
+    "reward/score_min": Term("Lowest of those scores.", ("verl: critic/score/min",)),
+    "reward/score_max": Term("Highest of those scores.", ("verl: critic/score/max",)),
     "reward/used_score_mean": Term(
         "Mean score after clipping and after the penalty for responses that did not stop."),
+    "reward/used_score_std": Term(
+        "Spread of the scores after clipping and after that penalty; 0 means there is nothing to "
+        "learn from."),
     "reward/total_mean": Term(
         "Mean over responses of their rewards: the used score minus beta times KL, where KL is in "
         "the reward.",
@@ -110,6 +118,9 @@ GLOSSARY: dict[str, Term] = {
                                  ("OpenRLHF: response_length", "verl: response_length/mean")),
     "response/eos_rate": Term("Share of responses that stopped by themselves.",
                               ("TRL: val/num_eos_tokens",)),
+    "response/empty_share": Term("Share of responses that end at once, without a token of text."),
+    "response/most_common_share": Term(
+        "Share of responses that are, token for token, the most frequent one."),
     # PPO: update
     "logprob/gap_max": Term(
         "Largest difference between the engine's and the update's log-probs of the same tokens, "
@@ -161,11 +172,16 @@ GLOSSARY: dict[str, Term] = {
         "the highest."),
     "eval/reward_score_mean": Term("Mean score of the responses to held-out prompts."),
     "eval/reward_score_std": Term("Spread of the scores on held-out prompts."),
+    "eval/reward_score_min": Term("Lowest score on held-out prompts."),
+    "eval/reward_score_max": Term("Highest score on held-out prompts."),
     "eval/kl_policy_ref": Term("KL to the reference on held-out prompts, in nats per response."),
     "eval/kl_policy_ref_k3": Term("The same by the estimator k3."),
     "eval/entropy_mean": Term("Mean uncertainty per token on held-out prompts, in nats."),
     "eval/response_length_mean": Term("Mean tokens of a response to a held-out prompt."),
     "eval/response_eos_rate": Term("Share of held-out responses that stopped by themselves."),
+    "eval/response_empty_share": Term("Share of held-out responses without a token of text."),
+    "eval/response_most_common_share": Term(
+        "Share of held-out responses that are the most frequent one."),
     "eval/ptx_loss": Term(
         "Mean negative log-probability of held-out pretraining text, in nats; it rises when the "
         "model forgets."),
@@ -213,11 +229,13 @@ GLOSSARY: dict[str, Term] = {
 
 
 FAMILIES: dict[str, Term] = {
+    "alarm/": Term("Steps so far with the alarm of this name, from its first on; see "
+                   "docs/alarms.md."),
     "reward/part_": Term("Mean score of one reward of a weighted sum, before its weight, over the "
                          "responses that it was asked about."),
     "eval/reward_part_": Term("The same on held-out prompts."),
 }
-"""Metrics whose names end with what the user calls a reward."""
+"""Metrics whose names end with an alarm, or with what the user calls a reward."""
 
 
 def explain(name: str) -> Term:

@@ -9,6 +9,7 @@ import fastrl
 from fastrl.console import format_seconds
 from fastrl.errors import ConfigError
 from fastrl.metrics import write_atomic
+from fastrl.report_alarms import alarms
 from fastrl.report_comparison import comparison, evaluations_of_seeds
 from fastrl.report_curves import curves
 from fastrl.report_files import StageFiles, read_json, read_stages
@@ -44,7 +45,7 @@ def write_report(run_dir: Path) -> Path:
         raise ConfigError(f"{run_dir}: expected a run folder (run.json in it or in its "
                           "subfolders), found none; check the path")
     name = str(read_json(run_dir / "recipe.json").get("name") or run_dir.resolve().name)
-    for thinning in (1, 2, 4, 8, 16):
+    for thinning in (1, 2, 4, 8, 16, 32):
         html = page(f"{name}: fastrl report", _body(name, stages, thinning))
         if len(html.encode()) <= MAX_BYTES:
             break
@@ -60,6 +61,7 @@ def _body(name: str, stages: Sequence[StageFiles], thinning: int) -> Iterator[st
         section("samples", "Samples", _samples(stages, thinning)),
         *(section(f"kind-{kind}", title, curves(kind, stages, _MAX_POINTS // thinning))
           for kind, title in KIND_TITLES.items()),
+        section("alarms", "Alarms", [alarms(stage) for stage in stages]),
         section("watch", "Reward-hacking watch", [watch(stage) for stage in stages]),
         section("stages", "Stages", [_stage_table(stages), *map(_summary, stages)]),
         section("reproduce", "Reproduce", _reproduce(name, stages)),

@@ -26,6 +26,8 @@ class StageFiles:
     best_of_n: Mapping[str, Any]
     watch: tuple[Mapping[str, Any], ...]
     """Evaluations as the reward-hacking watch saw them."""
+    alarms: tuple[Mapping[str, Any], ...]
+    """Steps at which an alarm began."""
     finished: Mapping[str, Any]
 
 
@@ -57,6 +59,7 @@ def _read_stage(folder: Path) -> StageFiles:
         evaluation=read_json(folder / "evaluation.json"),
         best_of_n=read_json(folder / "best_of_n.json"),
         watch=tuple(_read_lines(folder / "watch.jsonl")),
+        alarms=tuple(_read_lines(folder / "alarms.jsonl")),
         finished=read_json(folder / "finished.json"),
     )
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from fastrl.alarms import KINDS
 from fastrl.config.checks import check, check_not_negative, check_positive, read_bytes
 
 
@@ -57,6 +58,8 @@ class TrainConfig:
     """Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."""
     logging_steps: int = 1
     """Write metrics every so many steps."""
+    stop_at_alarms: tuple[str, ...] = ()
+    """Alarms that end the run, by name (docs/alarms.md); the others only warn."""
     report_to: tuple[str, ...] = ()
     """Extra metric sinks beside metrics.jsonl: tensorboard."""
 
@@ -73,5 +76,7 @@ class TrainConfig:
                   getattr(self, name))
         for name in ("min_lr_ratio", "warmup_start_ratio"):
             check(0 <= getattr(self, name) <= 1, name, "a number from 0 to 1", getattr(self, name))
+        for alarm in self.stop_at_alarms:
+            check(alarm in KINDS, "stop_at_alarms", f"names of alarms ({', '.join(KINDS)})", alarm)
         for sink in self.report_to:
             check(sink == "tensorboard", "report_to", "only 'tensorboard'", sink)

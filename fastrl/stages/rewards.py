@@ -1,10 +1,12 @@
 """The rewards that a stage names, into one scorer."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from fastrl.data import TextEncoder
 from fastrl.errors import ConfigError
 from fastrl.labelers import LabelerScorer, find_labeler
+from fastrl.report_files import read_json
 from fastrl.reward_settings import BestOfNRun, RewardPart, join_parts
 from fastrl.rewards import (
     FunctionScorer,
@@ -81,3 +83,17 @@ def load_scorer(
     if len(terms) == 1 and terms[0].weight == 1 and not terms[0].source_weights:
         return terms[0].scorer
     return WeightedScorer(terms, prompts)
+
+
+def expected_scores(run: PPORun) -> tuple[float, float] | None:
+    """Mean and standard deviation of a reward model's scores on its held-out rankings.
+
+    From the report that its own stage left beside it. None where there is no report, or the score
+    is not that of one reward model alone.
+    """
+    parts = list(join_parts(run.reward_model, run.reward_function, run.rewards).values())
+    if len(parts) != 1 or parts[0].model is None or parts[0].weight != 1:
+        return None
+    report = read_json(Path(parts[0].model).parent / "reward_report.json")
+    mean, std = report.get("score_mean"), report.get("score_std")
+    return (float(mean), float(std)) if mean is not None and std else None

@@ -18,7 +18,7 @@ from fastrl.data import (
     split_by_prompt,
     train_bpe_tokenizer,
 )
-from fastrl.errors import RewardError
+from fastrl.errors import NumericsError, RewardError
 from fastrl.evaluation import generate_for
 from fastrl.metrics import RunFolder
 from fastrl.models import CausalLM, new_decoder, scalar_from_causal
@@ -40,7 +40,7 @@ from fastrl.stages.inputs import (
     read_texts,
     show_report,
 )
-from fastrl.stages.rewards import check_rewards, load_scorer
+from fastrl.stages.rewards import check_rewards, expected_scores, load_scorer
 from fastrl.stages.samples import SAMPLING, AnsweringProgress
 from fastrl.trainers.common import Progress
 from fastrl.trainers.dpo import DPOTrainer
@@ -227,7 +227,8 @@ def ppo(run: PPORun, open_folder: OpenFolder, console: Console) -> None:
         trainer = PPOTrainer(
             run, policy, reference, critic, scorer, train,
             eval_prompts=held_out, ptx=windows, eval_ptx=held_out_windows, run=folder,
-            encoder=encoder, watch=RewardWatch(run.watch, gold, folder))
+            encoder=encoder, watch=RewardWatch(run.watch, gold, folder),
+            expected_scores=expected_scores(run))
         write_baseline(run, trainer, folder)
         with _progress(run, console, policy, encoder, trainer.num_steps, run.sampling) as progress:
             reason = _train_or_save(trainer, progress, folder, encoder)
@@ -241,16 +242,16 @@ def ppo(run: PPORun, open_folder: OpenFolder, console: Console) -> None:
 
 def _train_or_save(trainer: PPOTrainer, progress: Progress, folder: RunFolder,
                    encoder: TextEncoder) -> str:
-    """Why training ended; where a reward function ends it, the policy so far is saved first."""
+    """Why training ended; where a score or an alarm ends it, the policy so far is saved first."""
     try:
         return trainer.train(progress)
-    except RewardError as error:
+    except (RewardError, NumericsError) as error:
         if trainer.iteration == 0:
             raise
         path = folder.path / LAST_MODEL
         with trainer.residents.phase("evaluation", "policy"):
             save_causal_lm(trainer.policy, path, tokenizer_from=encoder.path)
-        raise RewardError(f"{error}. The policy after {trainer.iteration} iterations is in {path}"
+        raise type(error)(f"{error}. The policy after {trainer.iteration} iterations is in {path}"
                           ) from error
 
 

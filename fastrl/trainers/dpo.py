@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastrl.alarms import Circumstances
 from fastrl.config import DPOConfig
 from fastrl.errors import DataError
 from fastrl.losses import dpo_loss
@@ -27,6 +28,7 @@ from fastrl.models.lora import adapt
 from fastrl.optim import AdamW, Schedule
 from fastrl.out_of_memory import PassBudget
 from fastrl.packing import split_by_tokens
+from fastrl.trainers.alarm_log import AlarmLog
 from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import (
     Progress,
@@ -117,6 +119,7 @@ class DPOTrainer:
         prepare_backbone(policy, config)
         self.optimizer = AdamW.from_config(policy.parameters(), config)
         self.num_finished = 0
+        self.alarms = AlarmLog(self.config, Circumstances(num_steps=self.num_steps), run)
 
     def _with_reference(
         self, reference: CausalLM, comparisons: Sequence[Comparison]
@@ -142,6 +145,12 @@ class DPOTrainer:
         return completion_logprobs(model, comparisons, is_mean=self.config.loss_type == "ipo",
                                    share_prefix=self.config.share_prefix)
 
+    @property
+    def dropped_share(self) -> float:
+        """Training rankings that were dropped, or lost the beginning of their prompt."""
+        dropped = self.num_without_pair + self.num_too_long
+        return (dropped + self.num_truncated) / (dropped + len(self.examples))
+
     def step(self) -> dict[str, float]:
         """One optimiser step over `batch_size` prompts; returns its metrics."""
         with self.memory.phase("update"):
@@ -158,6 +167,8 @@ class DPOTrainer:
         metrics = self.budget.step(number, partial(self.backward, batch), self.optimizer, lengths,
                                    learning_rate)
         self.num_finished = number
+        if number == 1:
+            metrics["data/dropped_share"] = self.dropped_share
         return metrics | {
             "lr/model": learning_rate,
             "data/epoch": number / self.steps_per_epoch,
@@ -178,8 +189,10 @@ class DPOTrainer:
                     metrics |= self.evaluate()
                 metrics["time/eval_s"] = timer.metrics()["time/eval_s"]
             due = step % self.config.logging_steps == 0 or step == self.num_steps or evaluate
+            metrics |= self.alarms.look(step, metrics)
             if self.run is not None and due:
                 self.run.log(step, metrics)
+            self.alarms.stop_if_asked(step)
             progress.update(step, metrics)
 
     def backward(

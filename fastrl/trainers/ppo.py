@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from fastrl.alarms import Circumstances
 from fastrl.config import PPOConfig
 from fastrl.engine import Engine
 from fastrl.exactness import choose_products, exact_math
@@ -29,6 +30,7 @@ from fastrl.models.lora import adapt, without_adapters
 from fastrl.ops import shape_rewards, whiten
 from fastrl.out_of_memory import PassBudget, call_again
 from fastrl.rewards import Scorer, TextDecoder, reward_models, score_metrics
+from fastrl.trainers.alarm_log import AlarmLog
 from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import (
     Progress,
@@ -48,7 +50,6 @@ from fastrl.trainers.ppo_checks import (
     check_rollout_finite,
     check_settings,
     fit_prompts,
-    warn_if_none_stopped,
 )
 from fastrl.trainers.ppo_evaluation import Evaluation
 from fastrl.trainers.ppo_learners import CriticLearner, PolicyLearner, minibatches
@@ -92,6 +93,8 @@ class PPOTrainer:
         run: Where metrics and samples are written; None writes nothing.
         encoder: Turns samples into text, and serves stop strings.
         watch: Looks at every evaluation for signs of reward hacking, and may end the run.
+        expected_scores: Mean and standard deviation of the scores on held-out rankings, for the
+            alarm of scores out of range.
     Raises:
         ModelError: when the models read different tokens.
         DataError: when no prompt fits `max_prompt_tokens`.
@@ -113,6 +116,7 @@ class PPOTrainer:
         run: RunFolder | None = None,
         encoder: TextDecoder | None = None,
         watch: RewardWatch | None = None,
+        expected_scores: tuple[float, float] | None = None,
     ) -> None:
         adapt(policy, config)
         models: dict[str, CausalLM | ScalarModel] = {"policy": policy}
@@ -165,6 +169,11 @@ class PPOTrainer:
             self.eval_prompts, eval_ptx, run, encoder, self.passes, watch)
         self.kl_controller = make_kl_controller(config.kl_controller, config.kl_coef,
                                                 config.kl_target, config.kl_horizon)
+        self.alarms = AlarmLog(config, Circumstances(
+            num_steps=config.num_iterations, num_responses=config.rollout_batch_size,
+            max_new_tokens=config.sampling.max_new_tokens,
+            penalises_unfinished=config.missing_eos_penalty is not None,
+            expected_scores=expected_scores), run)
         self.iteration = 0
         self.num_recomputed = 0
         self.score_std: float | None = None
@@ -221,7 +230,10 @@ class PPOTrainer:
         config, timer = self.config, PhaseTimer()
         compute = partial(self._compute, timer)
         if self.iteration == 0 and config.eval_steps is not None:
-            self._log(self.evaluate())
+            metrics = self.evaluate()
+            self._log(metrics)
+            if self.stop_reason is not None:  # the watch has seen enough
+                return metrics
 
         # prompt
         num_prompts = config.rollout_batch_size // config.num_samples_per_prompt
@@ -276,6 +288,10 @@ class PPOTrainer:
         with self.residents.phase("rollout"):
             self.engine.weights_changed()
         self.iteration += 1
+        if self.iteration == 1:
+            dropped = self.num_dropped_prompts
+            metrics["data/dropped_share"] = dropped / (dropped + len(self.prompts))
+        metrics |= self.alarms.look(self.iteration, metrics)
         if self._is_evaluation_due():
             with timer.phase("eval"):
                 metrics |= self.evaluate()
@@ -284,6 +300,7 @@ class PPOTrainer:
         if "loss/policy" in metrics:  # not in the critic's own iterations
             metrics |= self.memory.metrics()
         self._log(metrics)
+        self.alarms.stop_if_asked(self.iteration)
         return metrics
 
     def _judge(
@@ -297,7 +314,6 @@ class PPOTrainer:
                              ref_logprobs=ref_logprobs, values=values)
 
         # reward
-        warn_if_none_stopped(self.iteration, rollout, config)
         scores, kl_coef = used_scores(raw_scores, rollout, config), self.kl_controller.kl_coef
         rewards, kl_estimates = shape_rewards(
             scores, old_logprobs, old_logprobs if ref_logprobs is None else ref_logprobs,

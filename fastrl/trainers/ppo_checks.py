@@ -138,17 +138,6 @@ def fit_prompts(
     return kept
 
 
-def warn_if_none_stopped(iteration: int, rollout: Rollout, config: PPOConfig) -> None:
-    """Say once, at the first iteration, that the penalty stands in place of every score."""
-    if iteration > 0 or config.missing_eos_penalty is None or "stop" in rollout.finish_reasons:
-        return
-    logger.warning(
-        "PPO: none of the %d responses of the first iteration ended by itself within %d tokens, so "
-        "each got missing_eos_penalty (%s) in place of its score and there is nothing to learn; "
-        "raise sampling.max_new_tokens, set sampling.stop_token_ids or missing_eos_penalty null",
-        rollout.batch_size, config.sampling.max_new_tokens, config.missing_eos_penalty)
-
-
 def check_rollout_finite(
     iteration: int, rollout: Rollout, **quantities: Tensor | None
 ) -> None:

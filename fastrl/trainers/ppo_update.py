@@ -1,6 +1,7 @@
 """What one PPO iteration learns from, the gradient of a minibatch, and the numbers to log."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -243,11 +244,24 @@ def response_metrics(
     return {
         "reward/score_mean": float(raw_scores.mean()),
         "reward/score_std": float(raw_scores.std(correction=0)),
+        "reward/score_min": float(raw_scores.min()),
+        "reward/score_max": float(raw_scores.max()),
         **kl,
         "entropy/mean": float(masked_mean(rollout.entropy, rollout.response_mask)),
         "response/length_mean": float(rollout.response_lens.double().mean()),
         "response/eos_rate": sum(stopped) / len(stopped),
+        **_likeness(rollout, stopped),
     }
+
+
+def _likeness(rollout: Rollout, stopped: Sequence[bool]) -> dict[str, float]:
+    """How many responses are empty, and how many the same."""
+    rows, lengths = rollout.response_ids.tolist(), rollout.response_lens.tolist()
+    counts = Counter(tuple(row[:length]) for row, length in zip(rows, lengths, strict=True))
+    # A response that stopped has its stop token among its tokens.
+    empty = sum(length - stop <= 0 for length, stop in zip(lengths, stopped, strict=True))
+    return {"response/empty_share": empty / len(rows),
+            "response/most_common_share": max(counts.values()) / len(rows)}
 
 
 def used_scores(raw_scores: Tensor, rollout: Rollout, config: PPOConfig) -> Tensor:
@@ -261,6 +275,7 @@ def batch_metrics(batch: PPOBatch, config: PPOConfig) -> dict[str, float]:
     metrics = {
         **response_metrics(batch.rollout, batch.kl_estimates, batch.raw_scores),
         "reward/used_score_mean": float(batch.scores.mean()),
+        "reward/used_score_std": float(batch.scores.std(correction=0)),
         "reward/total_mean": float(batch.rewards.sum(dim=1).mean()),
         "advantage/std": float(batch.raw_advantages[batch.mask].double().std(correction=0)),
     }

@@ -15,6 +15,7 @@ from functools import partial, reduce
 import torch
 from torch import Tensor
 
+from fastrl.alarms import Circumstances
 from fastrl.config import RewardConfig
 from fastrl.memory.measure import MemoryWatch, device_of, fitted
 from fastrl.memory.shapes import shape_of_model
@@ -26,6 +27,7 @@ from fastrl.models.scoring import sequence_scores
 from fastrl.ops import RankingStats, ranking_loss
 from fastrl.optim import AdamW, Schedule
 from fastrl.out_of_memory import PassBudget
+from fastrl.trainers.alarm_log import AlarmLog
 from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import (
     Progress,
@@ -104,6 +106,13 @@ class RewardTrainer:
         self.schedule = Schedule.from_config(config, self.num_steps)
         self.optimizer = AdamW.from_config(model.parameters(), config)
         self.num_finished = 0
+        self.alarms = AlarmLog(self.config, Circumstances(num_steps=self.num_steps), run)
+
+    @property
+    def dropped_share(self) -> float:
+        """Training rankings that were dropped, or lost the beginning of their prompt."""
+        dropped = self.num_without_pair + self.num_too_long
+        return (dropped + self.num_truncated) / (dropped + len(self.comparisons))
 
     def step(self) -> dict[str, float]:
         """One optimiser step over `batch_size` prompts; returns its metrics."""
@@ -120,6 +129,8 @@ class RewardTrainer:
         metrics = self.budget.step(number, partial(backward_ranking_loss, self.model, batch),
                                    self.optimizer, lengths, learning_rate)
         self.num_finished = number
+        if number == 1:
+            metrics["data/dropped_share"] = self.dropped_share
         return metrics | {
             "lr/model": learning_rate,
             "data/epoch": number / self.steps_per_epoch,
@@ -139,8 +150,10 @@ class RewardTrainer:
             if evaluate:
                 metrics |= self._eval_metrics()
             due = step % self.config.logging_steps == 0 or step == self.num_steps or evaluate
+            metrics |= self.alarms.look(step, metrics)
             if self.run is not None and due:
                 self.run.log(step, metrics)
+            self.alarms.stop_if_asked(step)
             progress.update(step, metrics)
 
     def shift(self) -> float:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrl.alarms import Circumstances
 from fastrl.config import SFTConfig
 from fastrl.errors import ConfigError
 from fastrl.memory.measure import MemoryWatch, device_of, fitted
@@ -29,6 +30,7 @@ from fastrl.models.lora import adapt, trained_parameters
 from fastrl.models.weights import load_causal_lm, save_causal_lm
 from fastrl.optim import AdamW, Schedule
 from fastrl.out_of_memory import PassBudget
+from fastrl.trainers.alarm_log import AlarmLog
 from fastrl.trainers.budget import TokenBudget
 from fastrl.trainers.common import (
     Progress,
@@ -116,6 +118,7 @@ class SFTTrainer:
         self.optimizer = AdamW.from_config(model.parameters(), config)
         self.num_finished = self._num_examples = self._num_windows = 0
         self.selected_step: int | None = None
+        self.alarms = AlarmLog(self.config, Circumstances(num_steps=self.num_steps), run)
         self._best: tuple[float, list[Tensor]] | None = None
 
     def step(self) -> dict[str, float]:
@@ -132,6 +135,9 @@ class SFTTrainer:
         metrics = self.budget.step(number, partial(self._backward, number, examples, windows),
                                    self.optimizer, lengths, learning_rate)
         self.num_finished = number
+        if number == 1:
+            num_rows = self.num_dropped + len(self.examples)
+            metrics["data/dropped_share"] = self.num_dropped / num_rows
         return metrics | {
             "lr/model": learning_rate,
             "data/epoch": number / self.steps_per_epoch,
@@ -163,8 +169,10 @@ class SFTTrainer:
             if step in self.eval_points:
                 metrics |= self._evaluate(step)
             due = step % self.config.logging_steps == 0 or step in self.eval_points
+            metrics |= self.alarms.look(step, metrics)
             if self.run is not None and due:
                 self.run.log(step, metrics)
+            self.alarms.stop_if_asked(step)
             progress.update(step, metrics)
         if self._best is not None:
             with torch.no_grad():

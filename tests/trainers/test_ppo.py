@@ -206,6 +206,8 @@ def test_metrics_of_a_batch(task: SimpleNamespace) -> None:
         raw_scores=torch.tensor([1.0, 3.0]), scores=torch.tensor([-1.0, 3.0])), PPOConfig())
     assert metrics == {name: pytest.approx(value, abs=1e-6) for name, value in {
         "reward/score_mean": 2.0, "reward/score_std": 1.0, "reward/used_score_mean": 1.0,
+            "reward/score_min": 1.0, "reward/score_max": 3.0, "reward/used_score_std": 2.0,
+            "response/empty_share": 0.5, "response/most_common_share": 0.5,
         "reward/total_mean": 0.2, "kl/policy_ref": 0.25,
         "kl/policy_ref_k3": (0.01873075 + 0.00517092 + 0.07032005) / 2,
         "entropy/mean": 0.5, "response/length_mean": 1.5, "response/eos_rate": 0.5,
