@@ -6,11 +6,13 @@ A random llama of 15 million parameters, 64 prompts of 64 tokens, nothing stops 
 equal: 64 tokens each. mixed: 8 to 256 tokens, evenly spread and shuffled; transformers generates
 256 for all, and only the tokens that were asked for count. Each runs as its user would run it:
 the engine with its defaults, transformers with the fastest of the attentions and caches that it
-offers (VARIANTS), found by trying before anything is timed. They run in turns in one process, so
-that another load on the machine meets all; a ratio is that of one turn. The clock counts what
-others take of the processors, processor time does not, but all threads together. fastrl_free is the
-engine with `exact=False`: its log-probs may differ from the update's in the last bits. Seven
-minutes on two idle cores for both numbers of threads.
+offers (VARIANTS), found by trying before anything is timed; transformers_plain is `generate` as it
+comes, without a word on attention or cache. They run in turns in one process, so that another load
+on the machine meets all; a ratio is that of one turn. The clock counts what others take of the
+processors, processor time does not, but all threads together. fastrl_free is the engine with
+`exact=False`: its log-probs may differ from the update's in the last bits. Ratios are to
+transformers at its fastest, `..._to_transformers_plain` to the other. Ten minutes on two idle cores
+for both numbers of threads.
 """
 
 import argparse
@@ -40,6 +42,8 @@ GOALS = {"equal": 2.0, "mixed": 3.0}
 """Times transformers' tokens per second, by the clock on an idle machine."""
 VARIANTS = {"sdpa": ("sdpa", None), "eager": ("eager", None), "sdpa_static": ("sdpa", "static")}
 """transformers: attention and, where it is not the one that grows, kind of cache."""
+PLAIN = "plain"
+"""transformers as it comes: attention and cache are left to it."""
 TRIAL_TOKENS = 24
 
 
@@ -85,7 +89,7 @@ def transformers_call(path: Path, wanted: list[int], variant: str) -> Callable[[
     """A call that generates as many tokens as anyone wants, for all."""
     import transformers
 
-    attention, cache = VARIANTS[variant]
+    attention, cache = (None, None) if variant == PLAIN else VARIANTS[variant]
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path, attn_implementation=attention).eval()
     token_ids = torch.tensor(prompts())
@@ -125,7 +129,8 @@ def measure(path: Path, case: str, num_threads: int, variant: str) -> list[Row]:
     wanted = wanted_tokens(case)
     calls = {"fastrl": fastrl_call(path, wanted, exact=True),
              "fastrl_free": fastrl_call(path, wanted, exact=False),
-             "transformers": transformers_call(path, wanted, variant)}
+             "transformers": transformers_call(path, wanted, variant),
+             "transformers_plain": transformers_call(path, wanted, PLAIN)}
     clock: dict[str, list[float]] = {name: [] for name in calls}
     processor: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(-1, ROUNDS[case]):
@@ -144,11 +149,13 @@ def measure(path: Path, case: str, num_threads: int, variant: str) -> list[Row]:
             "processor_s": statistics.median(processor[name]),
         }
         for kind, seconds in (("ratio", clock), ("processor_ratio", processor)):
-            turns = [b / a for a, b in zip(seconds[name], seconds["transformers"], strict=True)]
-            extra[kind] = round(statistics.median(turns), 2)
-            extra[f"{kind}s"] = [round(ratio, 2) for ratio in turns]
-        if name == "transformers":
-            extra["variant"] = variant
+            for peer, suffix in (("transformers", ""),
+                                 ("transformers_plain", "_to_transformers_plain")):
+                turns = [b / a for a, b in zip(seconds[name], seconds[peer], strict=True)]
+                extra[kind + suffix] = round(statistics.median(turns), 2)
+                extra[f"{kind}s{suffix}"] = [round(ratio, 2) for ratio in turns]
+        if name.startswith("transformers"):
+            extra["variant"] = variant if name == "transformers" else PLAIN
         row = Row(workload="generate", case=case, sizes=SIZES, dtype="float32", provider=name,
                   status="checked", reason="not timed yet", extra=extra)
         rows.append(row.timed(Timing("clock", clock[name]), None, None, None))
@@ -161,7 +168,8 @@ def summary(row: Row) -> str:
     threads = "1 thread" if extra["num_threads"] == 1 else f"{extra['num_threads']} threads"
     return (f"{row.case}, {threads}, {row.provider}: {extra['tokens_per_s']} tokens/s, "
             f"{extra['ratio']} times transformers by the clock, {extra['processor_ratio']} by "
-            f"processor time (goal {GOALS[row.case]})")
+            f"processor time (goal {GOALS[row.case]}); {extra['ratio_to_transformers_plain']} and "
+            f"{extra['processor_ratio_to_transformers_plain']} times {PLAIN} transformers")
 
 
 def main() -> int:
@@ -181,7 +189,7 @@ def main() -> int:
                   {name: round(each, 2) for name, each in seconds.items()}, flush=True)
             for case in options.cases:
                 rows += measure(Path(folder), case, num_threads, variant)
-                print(*map(summary, rows[-3:]), sep="\n", flush=True)
+                print(*map(summary, rows[-4:]), sep="\n", flush=True)
     save(document, rows, options.out / file_name("generate", "cpu"))
     return 0
 

@@ -69,7 +69,13 @@ def peers_table(files: Sequence[File]) -> str:
 
 
 def _ratio(name: str, own: Row, peer: Row) -> str:
-    """The peer's time over fastrl's, which one of the two rows holds; the other has 1."""
+    """The peer's time over fastrl's, which one of the two rows holds; the other has 1.
+
+    Where there are several peers, fastrl's row names the peer.
+    """
+    to_peer = own.extra.get(f"{name}_to_{peer.provider}")
+    if to_peer is not None:
+        return f"{to_peer:.2f}"
     found = [row.extra[name] for row in (own, peer) if row.extra.get(name, 1.0) != 1.0]
     return f"{found[0] if found else 1.0:.2f}"
 

@@ -21,6 +21,9 @@ from fastrl.models.decoder import Decoder, DecoderLayer
 from fastrl.ops import linear_logprobs
 from fastrl.packing import pack_sequences
 
+NUM_LAST_PARTS = 3
+"""The last of `parts`, which a pass over prompts computes for last tokens alone: a decoder's last
+layer and norm; of another model the only one."""
 NOWHERE = "no part when drawn again (were weights changed without engine.weights_changed()?)"
 
 
@@ -76,10 +79,12 @@ def _difference(
                                     packed.token_ids[response], temperature=sampling.temperature)
     rounding = None
     for name in read:
-        # The prompt is one pass, every token of the response but the last another, in row 0.
+        # The prompt is one pass, of whose last parts the last token is row 0; every token of the
+        # response but the last is another, in row 0.
         first, *steps = drawn[name]
-        states = torch.cat([first[:num_prompt], *(step[:1] for step in steps)])[: len(fed)]
-        expected = read[name][0][fed]
+        skipped = num_prompt - 1 if name in list(read)[-NUM_LAST_PARTS:] else 0
+        states = torch.cat([first[: num_prompt - skipped], *(step[:1] for step in steps)])
+        states, expected = states[: len(fed) - skipped], read[name][0][fed[skipped:]]
         gap = _largest(states - expected)
         if not gap <= tolerance * _largest(expected):
             return name

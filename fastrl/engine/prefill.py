@@ -21,7 +21,8 @@ def compute_prompts(
     Args:
         prompts: Token ids of each.
         pages: Pages of each, enough for its tokens.
-        row_count: Rows that a forward pass of n rows is padded to.
+        row_count: Rows that a forward pass of n rows is padded to; what the last layer computes
+            for last tokens alone, too.
         is_exact: Rows of attention get the bits of a packed pass.
     """
     device, page_size = cache.kv_pages.device, cache.page_size
@@ -44,7 +45,9 @@ def compute_prompts(
         send(F.pad(slots, (0, num_dummies), value=-1), device), send(bounds, device),
         upload([*lengths, 0], device), max(*lengths, num_dummies), max(lengths),
         PagedPlan(slots_are_finite=cache.slots_are_finite, is_exact=is_exact))
-    hidden = model(send(F.pad(token_ids, (0, num_dummies)), device),
-                   send(F.pad(positions, (0, num_dummies)), device), attention)
-    last: Tensor = hidden.index_select(0, send(bounds[1:-1] - 1, device))
-    return last
+    last = bounds[1:-1] - 1
+    hidden: Tensor = model(
+        send(F.pad(token_ids, (0, num_dummies)), device),
+        send(F.pad(positions, (0, num_dummies)), device), attention,
+        send(F.pad(last, (0, row_count(len(last)) - len(last))), device))
+    return hidden[: len(last)]

@@ -28,17 +28,23 @@ class CausalLM(nn.Module):
         self.folder: str | None = None
         """Where it was loaded from."""
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: Attention,
+        outputs: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states of packed tokens.
 
         Args:
             token_ids: [N] int64.
             positions: [N] int64, counted from 0 in each sequence.
             attention: What each token may look at.
+            outputs: [M] int64, the rows that are wanted; None: all. The native decoder's last
+                layer attends with all and computes no more than these after that.
         Returns:
-            [N, D], the states that `lm_head` takes; row i predicts the token after token i.
+            [N, D], or [M, D] of `outputs`: the states that `lm_head` takes; that of token i
+            predicts the token after it.
         """
-        hidden: Tensor = self.backbone(token_ids, positions, attention)
+        hidden: Tensor = self.backbone(token_ids, positions, attention, outputs)
         return hidden
 
 

@@ -118,9 +118,10 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_epsilon) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, attention: Attention
+        self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None, attention: Attention,
+        outputs: Tensor | None,
     ) -> Tensor:
-        """[N, D] from x [N, D]."""
+        """[N, D] from x [N, D], or [M, D], the rows `outputs` [M] alone."""
         heads = self.qkv(x).unflatten(-1, (sum(self.sizes), -1))  # [N, Hq + 2 Hk, C]
         if self.q_norm is not None and self.k_norm is not None:
             projections = Projections(self.sizes[1], cos_sin,
@@ -130,6 +131,7 @@ class SelfAttention(nn.Module):
             projections = Projections(self.sizes[1], cos_sin)
         mixed = attention.from_projections(self.layer, heads, projections, scale=self.scale,
                                            window=self.window)
+        mixed = _selected(mixed, outputs)
         out: Tensor = self.out(mixed.flatten(1))
         return out
 
@@ -173,11 +175,15 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self, added: Tensor, stream: Tensor | None, cos_sin: tuple[Tensor, Tensor] | None,
-        attention: Attention, dropout: Callable[[Tensor], Tensor],
+        attention: Attention, dropout: Callable[[Tensor], Tensor], outputs: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(added, stream) [N, D] from those of the layer before; None: there was no layer."""
+        """(added, stream) [N, D] from those of the layer before; None: there was no layer.
+
+        With `outputs` [M] the block ends with these rows alone, [M, D].
+        """
         normed, stream = self.attention_norm(added, stream)
-        mixed = dropout(self.attention(normed, cos_sin, attention))
+        mixed = dropout(self.attention(normed, cos_sin, attention, outputs))
+        stream = _selected(stream, outputs)
         if self.parallel_residual:
             normed, _ = self.mlp_norm(stream, None)
             stream = stream + mixed
@@ -188,6 +194,10 @@ class DecoderLayer(nn.Module):
 
 def _unchanged(x: Tensor) -> Tensor:
     return x
+
+
+def _selected(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(0, rows)
 
 
 class Decoder(nn.Module):
@@ -214,8 +224,11 @@ class Decoder(nn.Module):
         """From now on the LM head is a matrix of its own, which the caller makes."""
         self.config = dataclasses.replace(self.config, tie_embeddings=False)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """[N, D], final norm applied; see `CausalLM.forward`."""
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: Attention,
+        outputs: Tensor | None = None,
+    ) -> Tensor:
+        """[N, D] or [M, D], final norm applied; see `CausalLM.forward`."""
         x = self.embed(token_ids)
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
@@ -227,7 +240,8 @@ class Decoder(nn.Module):
         for layer in self.layers:
             run = partial(checkpointed, layer, keeps_random_state=self.training) if recompute \
                 else layer
-            x, stream = run(x, stream, cos_sin, attention, dropout)
+            is_last = layer is self.layers[-1]
+            x, stream = run(x, stream, cos_sin, attention, dropout, outputs if is_last else None)
         out: Tensor = self.final_norm(x, stream)[0]
         return out
 

@@ -108,14 +108,17 @@ class HFBackbone(nn.Module):
         self.training = mode
         return self
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """[N, D], final norm applied; see `CausalLM.forward`."""
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: Attention,
+        outputs: Tensor | None = None,
+    ) -> Tensor:
+        """[N, D] or [M, D], final norm applied; see `CausalLM.forward`."""
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         with _checkpointed_layers(self.model) if recompute else nullcontext():
             out = self.model(input_ids=token_ids[None], position_ids=positions[None],
                              use_cache=False, fastrl_state=attention)
         hidden: Tensor = out.last_hidden_state[0]
-        return hidden
+        return hidden if outputs is None else hidden.index_select(0, outputs)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

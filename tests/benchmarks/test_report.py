@@ -77,6 +77,10 @@ def test_the_table_of_peers() -> None:
             row("generate", "equal", 2.5, sizes, "other", num_threads=1, tokens_per_s=1600,
                 ratio=1.0, processor_ratio=1.0),
             row("generate", "equal", 9.0, sizes, "other", num_threads=2, tokens_per_s=444),
+            row("generate", "mixed", 1.0, sizes, num_threads=1, tokens_per_s=4000, ratio=2.5,
+                processor_ratio=2.4, ratio_to_other_plain=3.5, processor_ratio_to_other_plain=3.4),
+            row("generate", "mixed", 3.5, sizes, "other_plain", num_threads=1, tokens_per_s=1142,
+                ratio=0.7, processor_ratio=0.7),
             row("ppo", "ppo_cpu", 1.0, sizes, peak=2**30, response_tokens_per_s=10.0),
             row("ppo", "ppo_cpu", 3.0, sizes, "trl", peak=3 * 2**30, response_tokens_per_s=3.3,
                 ratio=3.0, processor_ratio=2.9)]
@@ -84,6 +88,8 @@ def test_the_table_of_peers() -> None:
     assert lines == [
         "| [generate equal, 1 thread]({results}/some.json) | 4,000 | 1,600 | other | 2.50 | 2.40 |"
         "  |",
+        "| [generate mixed, 1 thread]({results}/some.json) | 4,000 | 1,142 | other_plain | 3.50 | "
+        "3.40 |  |",
         "| [ppo cpu]({results}/some.json) | 10 | 3 | trl | 3.00 | 2.90 | 1.00 and 3.00 GiB |"]
     assert report.peers_table([]) == "Not yet measured."
 

@@ -127,6 +127,18 @@ def test_prompts_are_computed_once_for_all_samples(monkeypatch: pytest.MonkeyPat
     assert computed == [len(prompt) for prompt in PROMPTS for _ in range(5)]
 
 
+def test_the_last_layer_computes_last_tokens_of_prompts_alone() -> None:
+    model, seen = MODELS["llama"], [[], []]
+    engine = Engine(model, EngineConfig(page_size=4))
+    handles = [layer.mlp.register_forward_hook(lambda _, inputs, out, i=i: seen[i].append(
+        len(inputs[0]))) for i, layer in enumerate(model.backbone.layers)]
+    engine.generate(PROMPTS, SamplingConfig(max_new_tokens=2, stop_token_ids=()))
+    for handle in handles:
+        handle.remove()
+    num_rows = engine._row_count(len(PROMPTS))  # of a decode step as well
+    assert seen == [[engine._row_count(sum(map(len, PROMPTS))), num_rows], [num_rows, num_rows]]
+
+
 def test_samples_share_full_pages_and_own_their_last_one() -> None:
     engine = Engine(MODELS["llama"], EngineConfig(page_size=4, num_pages=400))
     seen: list[tuple[int, int]] = []

@@ -51,6 +51,19 @@ def test_packed_equals_separate(family, dtype, tolerance):
     torch.testing.assert_close(hidden_of(model), separate, rtol=tolerance, atol=tolerance * 4)
 
 
+@pytest.mark.parametrize("family", ("llama", "gpt_neox"))  # the second adds both blocks to x
+def test_wanted_rows_are_all_that_the_last_mlp_computes(family):
+    model, batch = small(family), pack_sequences(SEQUENCES)
+    everything, seen = hidden_of(model), []
+    for layer in model.backbone.layers:
+        layer.mlp.register_forward_hook(lambda _, inputs, out: seen.append(len(inputs[0])))
+    wanted = batch.cu_seqlens[1:] - 1
+    some = model(batch.token_ids, batch.positions,
+                 PackedAttention(batch.cu_seqlens, batch.max_seqlen), wanted)
+    torch.testing.assert_close(some, everything[wanted], rtol=1e-6, atol=4e-6)
+    assert seen == [len(batch.token_ids), len(SEQUENCES)]
+
+
 def test_a_window_shorter_than_the_sequence_forgets():
     config = DecoderConfig(family="mistral", **SIZES | {"num_layers": 1}, windows=(3,))
     model = new_decoder(config, seed=0)

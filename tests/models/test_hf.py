@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastrl.errors import ModelError
-from fastrl.models import PagedAttention, load_causal_lm, save_causal_lm
+from fastrl.models import PackedAttention, PagedAttention, load_causal_lm, save_causal_lm
 from fastrl.models.hf import HFBackbone
 from fastrl.packing import pack_sequences
 
@@ -94,6 +94,14 @@ def test_gradients_and_copies(checkpoint, logits):
     assert model.lm_head.weight is tied
     assert copied.lm_head.weight is copied.backbone.model.get_input_embeddings().weight
     assert copied.lm_head.weight is not tied
+
+
+def test_wanted_rows_alone(checkpoint):
+    model, batch = load_causal_lm(checkpoint("opt").folder), pack_sequences([[5, 7, 96], [9, 33]])
+    wanted = torch.tensor([4, 2])
+    hidden, some = (model(batch.token_ids, batch.positions,
+                          PackedAttention.of(batch), outputs) for outputs in (None, wanted))
+    assert torch.equal(some, hidden[wanted])
 
 
 @torch.no_grad()
