@@ -6,10 +6,14 @@ random numbers. The first is what it compares with.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from fastrl.checkpoints import State
+from fastrl.errors import CheckpointError
 from fastrl.metrics import RunFolder
 from fastrl.reward_settings import WatchConfig
 from fastrl.rewards import Scorer
@@ -96,6 +100,59 @@ class RewardWatch:
     def alarms(self) -> dict[str, str]:
         """Alarms of the last evaluation: sign -> reason in words."""
         return dict(self._alarms)
+
+    def state(self) -> State:
+        """All evaluations so far, and the first one's responses."""
+        tensors, start = dict[str, Tensor](), None
+        for number, sight in enumerate(self._sights):
+            for name in ("proxy", "gold"):
+                if (scores := getattr(sight, name)) is not None:
+                    tensors[f"sights.{number}.{name}"] = scores
+        if self._start is not None:
+            start = {}
+            for part in fields(Rollout):
+                value = getattr(self._start, part.name)
+                if isinstance(value, Tensor):
+                    tensors[f"start.{part.name}"] = value
+                else:
+                    start[part.name] = list(value) if isinstance(value, tuple) else value
+        return State(tensors, {
+            "sights": [{"iteration": s.iteration, "values": dict(s.values)} for s in self._sights],
+            "start": start, "alarms": dict(self._alarms), "stop_reason": self.stop_reason})
+
+    def load_state(self, state: State, device: torch.device | str = "cpu") -> None:
+        """Remember the evaluations of a `state`.
+
+        Args:
+            device: Of the policy that is watched.
+        Raises:
+            CheckpointError: when something of them is missing.
+        """
+        try:
+            self._load(state.tensors, state.values, device)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"reward watch: expected the state of a watch, got one without or with an unusable "
+                f"{error}; continue with the settings that the checkpoint was made with") from error
+
+    def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any],
+              device: torch.device | str) -> None:
+        has_gold = self.gold is not None
+        sights = [Sight(
+            sight["iteration"], tensors[f"sights.{number}.proxy"].clone(),
+            tensors[f"sights.{number}.gold"].clone() if has_gold else None, dict(sight["values"]),
+        ) for number, sight in enumerate(values["sights"])]
+        alarms, stop_reason = dict(values["alarms"]), values["stop_reason"]
+        start = None
+        if values["start"] is not None:
+            parts = {**values["start"],
+                     "finish_reasons": tuple(values["start"]["finish_reasons"])}
+            for part in fields(Rollout):
+                if part.name not in parts:
+                    parts[part.name] = tensors[f"start.{part.name}"].to(device, copy=True)
+            start = Rollout(**parts)
+        self._sights, self._alarms, self.stop_reason = sights, alarms, stop_reason
+        self._start = start
 
     def observe(
         self, iteration: int, rollout: Rollout, scores: Tensor, gold: Tensor | None,

@@ -27,6 +27,16 @@ class TokenBudget(Generic[Config]):
         """The run's settings with the budget as it is now."""
         self._passes = PassBudget(config.max_tokens_per_microbatch)
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a microbatch now."""
+        return self._passes.max_tokens
+
+    @max_tokens.setter
+    def max_tokens(self, max_tokens: int) -> None:
+        self._passes.max_tokens = max_tokens
+        self.config = replace(self.config, max_tokens_per_microbatch=max_tokens)
+
     def run(
         self, attempt: Callable[[Config], Result], optimizer: AdamW, lengths: Sequence[int]
     ) -> Result:

@@ -17,6 +17,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from fastrl.alarms import Circumstances
+from fastrl.checkpoints import State
 from fastrl.config import PPOConfig
 from fastrl.engine import Engine
 from fastrl.exactness import choose_products, exact_math
@@ -54,6 +55,7 @@ from fastrl.trainers.ppo_checks import (
 from fastrl.trainers.ppo_evaluation import Evaluation
 from fastrl.trainers.ppo_learners import CriticLearner, PolicyLearner, minibatches
 from fastrl.trainers.ppo_plan import plan_trainer
+from fastrl.trainers.ppo_state import load_trainer_state, trainer_state
 from fastrl.trainers.ppo_trunks import (
     SCORING_PARTS,
     check_trunk,
@@ -190,6 +192,18 @@ class PPOTrainer:
     def num_steps(self) -> int:
         """Iterations of the run."""
         return self.config.num_iterations
+
+    def state(self) -> State:
+        """Everything that the next iterations depend on, see `fastrl.trainers.ppo_state`."""
+        return trainer_state(self)
+
+    def load_state(self, state: State) -> None:
+        """Continue where a trainer of the same models, settings and data was, bit for bit.
+
+        Raises:
+            CheckpointError: when the state is not that of such a trainer.
+        """
+        load_trainer_state(self, state)
 
     def train(self, progress: Progress | None = None) -> str:
         """Run to the end, or to the KL ceiling, and put the chosen weights into the policy.

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastrl.checkpoints import State
 from fastrl.config import PPOConfig
 from fastrl.memory.residents import SWAP, Residents
 from fastrl.models.causal_lm import CausalLM
@@ -89,6 +90,26 @@ class KeptWeights:
         if self.config.keep_best and (self.best is None or objective > self.best.objective):
             weights = [p.detach().to("cpu", copy=True) for p in self.trained]
             self.best = BestWeights(iteration, objective, weights)
+
+    def best_state(self) -> State:
+        """The best weights so far; `iteration` is None where there are none."""
+        if self.best is None:
+            return State(values={"iteration": None, "objective": None})
+        return State({str(i): weight for i, weight in enumerate(self.best.weights)},
+                     {"iteration": self.best.iteration, "objective": self.best.objective})
+
+    def load_best_state(self, state: State) -> None:
+        """Keep the best weights of a `best_state`.
+
+        Raises:
+            CheckpointError: when they are not those of such a policy.
+        """
+        has_best = state.values.get("iteration") is not None
+        weights = [torch.empty_like(p, device="cpu") for p in self.trained] if has_best else []
+        values = state.copy_to("best weights", {str(i): w for i, w in enumerate(weights)},
+                               ("iteration", "objective"))
+        self.best = BestWeights(values["iteration"], values["objective"],
+                                weights) if has_best else None
 
     def save_other(self, folder: Path) -> None:
         """Save what is not judged: the last weights where the average is, else the average.
