@@ -9,13 +9,14 @@ then, and no second model is needed. There is no dropout.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastrl.alarms import Circumstances
+from fastrl.checkpoints import State
 from fastrl.config import DPOConfig
 from fastrl.errors import DataError
 from fastrl.losses import dpo_loss
@@ -47,6 +48,7 @@ from fastrl.trainers.rankings import (
     usable_rankings,
 )
 from fastrl.trainers.reward_report import has_pair
+from fastrl.trainers.supervised_state import floats, load_supervised_state, supervised_state
 from fastrl.types import Comparison
 
 
@@ -194,6 +196,28 @@ class DPOTrainer:
                 self.run.log(step, metrics)
             self.alarms.stop_if_asked(step)
             progress.update(step, metrics)
+
+    def state(self) -> State:
+        """All that the steps that are left depend on; tensors by reference."""
+        return supervised_state(self, self.policy, self._reference_state())
+
+    def load_state(self, state: State) -> None:
+        """Go on where `state` was taken, by a trainer of the same model, settings and data.
+
+        Raises:
+            CheckpointError: when the state does not fit; nothing has changed then.
+        """
+        reference = self._reference_state()
+        load_supervised_state("DPO", self, self.policy, reference, state)
+        logprobs = iter(reference.tensors["ref_logprobs"].tolist())
+        for examples in (self.examples, self.eval):
+            examples[:] = [replace(e, ref_logprobs=tuple(next(logprobs) for _ in e.ref_logprobs))
+                           for e in examples]
+
+    def _reference_state(self) -> State:
+        """What the reference said: passes of another size would round it otherwise."""
+        return State({"ref_logprobs": floats([
+            value for e in (*self.examples, *self.eval) for value in e.ref_logprobs])})
 
     def backward(
         self, batch: Sequence[DPOExample], config: DPOConfig | None = None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastrl.alarms import Circumstances
+from fastrl.checkpoints import State
 from fastrl.config import RewardConfig
 from fastrl.memory.measure import MemoryWatch, device_of, fitted
 from fastrl.memory.shapes import shape_of_model
@@ -47,6 +48,7 @@ from fastrl.trainers.rankings import (
     usable_rankings,
 )
 from fastrl.trainers.reward_report import RewardReport, build_report, has_pair
+from fastrl.trainers.supervised_state import load_supervised_state, supervised_state
 from fastrl.types import Comparison, TokenExample
 
 logger = logging.getLogger("fastrl")
@@ -155,6 +157,18 @@ class RewardTrainer:
                 self.run.log(step, metrics)
             self.alarms.stop_if_asked(step)
             progress.update(step, metrics)
+
+    def state(self) -> State:
+        """All that the steps that are left depend on; tensors by reference."""
+        return supervised_state(self, self.model, State())
+
+    def load_state(self, state: State) -> None:
+        """Go on where `state` was taken, by a trainer of the same model, settings and data.
+
+        Raises:
+            CheckpointError: when the state does not fit; nothing has changed then.
+        """
+        load_supervised_state("reward model", self, self.model, State(), state)
 
     def shift(self) -> float:
         """Set the head's bias so that demonstrations have mean reward 0; returns the bias.

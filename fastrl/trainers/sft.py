@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastrl.alarms import Circumstances
+from fastrl.checkpoints import State
 from fastrl.config import SFTConfig
 from fastrl.errors import ConfigError
 from fastrl.memory.measure import MemoryWatch, device_of, fitted
@@ -48,6 +49,7 @@ from fastrl.trainers.common import (
     seeded,
     stream_indices,
 )
+from fastrl.trainers.supervised_state import load_supervised_state, supervised_state
 from fastrl.types import TokenExample
 
 logger = logging.getLogger("fastrl")
@@ -181,6 +183,32 @@ class SFTTrainer:
                     parameter.copy_(weight)
         elif self.config.select_by == "last":
             self.selected_step = self.num_steps
+
+    def state(self) -> State:
+        """All that the steps that are left depend on; tensors by reference."""
+        return supervised_state(self, self.model, self._own_state(self._best))
+
+    def load_state(self, state: State) -> None:
+        """Go on where `state` was taken, by a trainer of the same model, settings and data.
+
+        Raises:
+            CheckpointError: when the state does not fit; nothing has changed then.
+        """
+        best = None
+        if state.values.get("best_value") is not None:
+            best = (state.values["best_value"],
+                    [torch.empty_like(p, device="cpu") for p in trained_parameters(self.model)])
+        values = load_supervised_state("SFT", self, self.model, self._own_state(best), state)
+        self._best, self.selected_step = best, values["selected_step"]
+        self._num_examples, self._num_windows = values["num_examples"], values["num_windows"]
+
+    def _own_state(self, best: tuple[float, list[Tensor]] | None) -> State:
+        """The part that other trainers do not have; `best` are the best weights so far."""
+        weights = [] if best is None else best[1]
+        return State({f"best_weight.{i}": weight.detach() for i, weight in enumerate(weights)},
+                     {"best_value": None if best is None else best[0],
+                      "selected_step": self.selected_step,
+                      "num_examples": self._num_examples, "num_windows": self._num_windows})
 
     def _next_batch(self) -> tuple[list[TokenExample], list[TokenExample]]:
         """The examples and the pretraining windows of the next step."""
