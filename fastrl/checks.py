@@ -186,5 +186,6 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def check_resident(owner: str, tensor: Tensor) -> None:
     """Raise ConfigError for a tensor that is parked on the host (`fastrl.memory.parking`)."""
     if tensor.numel() and not tensor.untyped_storage().nbytes():
-        raise ConfigError(f"{owner}: expected weights in memory, got parked ones; use it inside "
+        which = getattr(type(tensor), "parked_from", "parked ones")  # see fastrl.memory.guard
+        raise ConfigError(f"{owner}: expected weights in memory, got {which}; use it inside "
                           "`with trainer.residents.phase(...)`, or set parking to off")

@@ -98,5 +98,6 @@ def _put(
     stride: tuple[int, ...],
 ) -> None:
     """Let a tensor, which stays the same object, lie somewhere else."""
-    tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
-        storage, offset, shape, stride)
+    with torch._C.DisableTorchFunctionSubclass():  # what is parked refuses it: fastrl.memory.guard
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+            storage, offset, shape, stride)

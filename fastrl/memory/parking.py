@@ -9,16 +9,13 @@ From a GPU they go into host memory of exactly their size, registered for fast c
 pinned memory rounds up to powers of two); from the CPU's memory into a memory-mapped file.
 """
 
-import ctypes
 import mmap
 import os
-import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,8 @@ from torch import Tensor
 from fastrl.errors import ConfigError
 from fastrl.memory.addresses import FixedAddresses
 from fastrl.memory.arena import arena_of, can_keep_addresses
+from fastrl.memory.guard import Guard
+from fastrl.memory.heap import drop_pages, trim_heap
 
 
 def storages_of(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
@@ -45,16 +44,19 @@ class ParkingPlace:
         folder: On a CPU, where the file lies (deleted at once, so that it goes with the process);
             None: the system's folder for temporary files.
         is_constant: The tensors never change, so that they are copied out once only.
+        phases: That need the tensors, for messages.
         keeps_addresses: From the first `fetch` on the tensors always come back to where they were;
             where the device cannot do that, they come back anywhere.
     """
 
     def __init__(self, name: str, device: torch.device, folder: Path | None = None, *,
-                 is_constant: bool = False, keeps_addresses: bool = False) -> None:
+                 is_constant: bool = False, keeps_addresses: bool = False,
+                 phases: Iterable[str] = ()) -> None:
         self.name, self.device, self.folder, self.is_constant = name, device, folder, is_constant
         self._keeps_addresses = keeps_addresses and can_keep_addresses(device)
         self._addresses: FixedAddresses | None = None
         """Of what is parked, where that comes back to where it was."""
+        self._guard = Guard(name, phases)
         self._parked: list[tuple[torch.UntypedStorage, int]] = []
         """Emptied storages and their bytes."""
         self._host: Tensor | None = None
@@ -85,7 +87,8 @@ class ParkingPlace:
     def park(self, tensors: Iterable[Tensor]) -> None:
         """Copy the tensors' memory to the host and give it back.
 
-        Until `fetch` they have shapes but no content. Where this raises, they are as before.
+        Until `fetch` they have shapes but no content, and refuse to be read. Where this raises,
+        they are as before.
 
         Raises:
             ConfigError: when the host has no room, or a tensor's memory is not its own.
@@ -106,9 +109,10 @@ class ParkingPlace:
         else:
             for storage in storages:
                 if self._stream is None:
-                    _drop_pages(storage)
+                    drop_pages(storage)
                 storage.resize_(0)
         self._parked = list(zip(storages, sizes, strict=True))
+        self._guard.close(tensors)
         self._release()
 
     def start_fetch(self, pool: ThreadPoolExecutor) -> None:
@@ -138,6 +142,7 @@ class ParkingPlace:
         else:
             self._copy_back()
         self._parked = []
+        self._guard.open()
 
     def close(self) -> None:
         """Give the host memory back; the tensors must have been fetched."""
@@ -254,7 +259,7 @@ class ParkingPlace:
         if self._mapping is not None:
             self._mapping.flush()
         self._drop_mapped()
-        _trim_heap()
+        trim_heap()
 
     def _drop_mapped(self) -> None:
         """On a CPU: the file keeps the bytes, this process no page of it."""
@@ -275,28 +280,3 @@ def _unregister(host: Tensor) -> None:
 def _cudart() -> Any:
     """torch's binding of the CUDA runtime."""
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-def _drop_pages(storage: torch.UntypedStorage) -> None:
-    """Give the whole pages of memory that is freed next to the system.
-
-    GNU's C library keeps what lies at the end of a heap that another mapping has cut off.
-    """
-    madvise = _c_function("madvise") if sys.platform == "linux" else None
-    page = mmap.PAGESIZE
-    begin = -(-storage.data_ptr() // page) * page
-    num_bytes = (storage.data_ptr() + storage.nbytes()) // page * page - begin
-    if madvise is not None and num_bytes > 0:  # where the system refuses, it is freed all the same
-        madvise(ctypes.c_void_p(begin), ctypes.c_size_t(num_bytes), mmap.MADV_DONTNEED)
-
-
-def _trim_heap() -> None:
-    """The C library keeps what is freed in small pieces; GNU's can be told to return it."""
-    trim = _c_function("malloc_trim")
-    if trim is not None:
-        trim(0)
-
-
-@cache
-def _c_function(name: str) -> "ctypes._NamedFuncPointer | None":
-    return getattr(ctypes.CDLL(None), name, None)

@@ -164,5 +164,6 @@ class Residents:
         if owners not in self._places:
             self._places[owners] = ParkingPlace(
                 " and ".join(sorted(owners)), self.device, self._folder,
-                is_constant=owners <= CONSTANT, keeps_addresses=not owners.isdisjoint(FIXED))
+                is_constant=owners <= CONSTANT, keeps_addresses=not owners.isdisjoint(FIXED),
+                phases=[phase for phase, needs in NEEDS.items() if not owners.isdisjoint(needs)])
         return self._places[owners]

@@ -190,10 +190,22 @@ def test_a_parked_model_says_so(task: SimpleNamespace) -> None:
         trainer.engine.generate([[2, 3]], trainer.config.sampling, seed=0)
     with trainer.residents.phase("rollout"):
         trainer.engine.generate([[2, 3]], trainer.config.sampling, seed=0)
-    with pytest.raises(ConfigError, match="ScalarModel: expected weights in memory"):
+    with pytest.raises(ConfigError, match=r"ScalarModel: expected weights in memory, got parked "
+                                          r"ones \(critic, which scoring, critic_update bring"):
         packed_forward(trainer.critic, example)
-    with pytest.raises(ConfigError, match="AdamW: expected weights in memory"):
+    with pytest.raises(ConfigError, match="AdamW: .* parked ones .policy_optimizer, which policy_"):
         trainer.policy_learner.optimizer.step(1e-3)
+    states = torch.ones(1, trainer.policy.spec.hidden_size)
+    reward_model = trainer.scorer.model
+    for group, parts in (("critic", trainer.critic), ("reference", trainer.reference),
+                         ("reward_model", reward_model)):
+        for parameter in parts.parameters():
+            with pytest.raises(ConfigError, match=f"{group}: expected it in memory"):
+                parameter.sum()
+    with pytest.raises(ConfigError, match="critic: .* outside of scoring, critic_update;"):
+        trainer.critic.head(states)
+    with pytest.raises(ConfigError, match="reference: .* outside of scoring, evaluation;"):
+        states @ trainer.reference.lm_head.weight.T
     with trainer.residents.phase("scoring", "critic"):
         assert packed_forward(trainer.critic, example)[0].isfinite().all()
 
