@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastrl.config import EngineConfig, PPOConfig, RewardConfig, SamplingConfig, SFTConfig
-from fastrl.memory.plan import CONTEXT_BYTES, Demand, Moment, solve
+from fastrl.memory.plan import CONTEXT_BYTES, Demand, Moment, gib, solve
 from fastrl.memory.report import describe, phase_rows, resident_rows
 from fastrl.memory.shapes import shape_named
 from fastrl.memory.stages import plan_ppo, plan_reward, plan_sft
@@ -67,6 +67,30 @@ def test_parks_only_what_is_needed(budget: int, parks: set[str]) -> None:
         assert plan.parks == parks
 
 
+def test_what_came_early_comes_back_where_later_ones_are_enough() -> None:
+    """43 bytes: policy 10, reward model 1 and 32 pages fit once the critic is away."""
+    assert planned(43, kept={"policy": 10, "critic": 20, "reward_model": 1}).parks == {"critic"}
+
+
+def test_nothing_is_parked_for_pages_that_no_sequence_needs() -> None:
+    """60 bytes stay. All sequences take 4 pages; or 32 sequences of 2 pages take 64."""
+    assert planned(68, max_pages=4).parks == frozenset()
+    assert planned(124, min_pages=2, max_pages=100).parks == frozenset()
+    assert planned(123, min_pages=2, max_pages=100).parks == {"reward_model"}
+
+
+def test_without_a_cache_there_are_no_pages() -> None:
+    plan = planned(1000, page_bytes=0)
+    assert plan.num_pages == 0
+
+
+def test_what_a_phase_leaves_free() -> None:
+    assert planned(124).spare() == {"rollout": 124 - 100, "update": 0}
+    short = planned(29)  # 10 and a page; 10 + 20 + 8 do not fit
+    assert short.spare() == {"rollout": 18, "update": 0}
+    assert (gib(2**30), gib(2**30 - 2**20), gib(3 * 2**29)) == ("1.0 GiB", "1023 MiB", "1.5 GiB")
+
+
 def test_a_plan_that_does_not_fit_says_so() -> None:
     plan = planned(29)
     assert not plan.fits and plan.max_tokens_per_microbatch == 8 and plan.num_pages == 1
@@ -87,7 +111,7 @@ def test_a_phase_is_its_largest_moment() -> None:
 
 def test_a_gpu_keeps_a_reserve() -> None:
     plan = solve(demand(), 100 * GB, "cuda", lambda missing: [])
-    assert plan.reserve_bytes == CONTEXT_BYTES + 3 * GB
+    assert plan.reserve_bytes == 768 * 2**20 + 3 * GB
     assert solve(demand(), 100 * GB, "cpu", lambda missing: []).reserve_bytes == 0
 
 
