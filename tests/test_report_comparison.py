@@ -42,10 +42,12 @@ def run(tmp_path):
         write_stage(at("sft"), "sft")
         write_stage(at("rank"), "rank", inputs=[f"@sft-{seed}"], summary={
             "num_samples_per_prompt": 4, "rankings": {"num_prompts": 10, "response_length": 7.5}})
-        write_stage(at("reward"), "reward", inputs=[f"@sft-{seed}", f"@rank-{seed}/rankings.jsonl"])
+        write_stage(at("reward"), "reward", inputs=[
+            f"@sft-{seed}", f"@rank-{seed}/rankings.jsonl", f"@rank-{seed}/heldout.jsonl"])
         write_stage(at("ppo"), "ppo", {"rollout_batch_size": 8}, [f"@sft-{seed}",
                     f"@reward-{seed}"], {"iterations": 4}, lengths=(10.0, 12.0))
-        write_stage(at("dpo"), "dpo", inputs=[f"@sft-{seed}", f"@rank-{seed}/rankings.jsonl"])
+        write_stage(at("dpo"), "dpo", inputs=[
+            f"@sft-{seed}", f"@rank-{seed}/rankings.jsonl", f"@rank-{seed}/heldout.jsonl"])
         write_stage(at("best"), "best_of_n", inputs=[f"@sft-{seed}", f"@reward-{seed}"],
                     summary={"generated_tokens": 900})
         write_stage(at("rejection"), "sft", inputs=[f"@sft-{seed}",
