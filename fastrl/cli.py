@@ -5,7 +5,7 @@ Options come from the config dataclasses (`fastrl.options`). Nothing heavy is im
 command line is known to be right, so that help and mistakes answer at once.
 
 Exit codes: 0 done, 1 a failed check of `doctor` or a plan that does not fit, 2 a mistake in
-settings, data or models, 130 stopped by Ctrl-C.
+settings, data or models, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from fastrl import __version__
 from fastrl.config import check
 from fastrl.environment import checks_values, set_up_logging
 from fastrl.errors import ConfigError, FastRLError
+from fastrl.interrupt import EXIT_CODE, Terminated, terminated_by_signal
 from fastrl.options import Parser, parse_all, read_options
 from fastrl.runs import RUN_TYPES
 from fastrl.yaml_file import nearest
@@ -68,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         set_up_logging()
         checks_values()  # a value that cannot be read is an error now, not in the first op
-        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        with terminated_by_signal():
+            code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
     except FastRLError as error:
@@ -77,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nfastrl: stopped", file=sys.stderr)
         return 130
+    except Terminated:
+        print("\nfastrl: stopped by SIGTERM", file=sys.stderr)
+        return EXIT_CODE
     except BrokenPipeError:
         # The reader (head, less) has gone; a second failure at exit would print a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
