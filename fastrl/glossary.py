@@ -32,6 +32,9 @@ GLOSSARY: dict[str, Term] = {
     "data/dropped_share": Term(
         "Share of the training rows that were dropped or cut as too long or useless; once per "
         "run."),
+    "update/num_skipped": Term(
+        "Steps skipped so far because of a NaN or an infinity (`on_nonfinite`); absent before the "
+        "first."),
     "select/score": Term("Value that checkpoints are chosen by, at this checkpoint."),
     "grad/norm": Term(
         "Length of the whole gradient before clipping; a sudden jump announces trouble.",

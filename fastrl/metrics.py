@@ -193,8 +193,13 @@ class RunFolder:
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Append one JSON line to a file of the run."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(to_json(row) + "\n")
+        path = self.path / name
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(to_json(row) + "\n")
+        except OSError as error:  # a write that finds no room does not say where
+            error.filename = error.filename or str(path)
+            raise
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a whole JSON file of the run, atomically."""

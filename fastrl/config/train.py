@@ -58,6 +58,11 @@ class TrainConfig:
     """Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."""
     logging_steps: int = 1
     """Write metrics every so many steps."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """At a NaN or an infinity in loss, gradient, score, value or log-prob: stop the run, or skip
+    the step, with weights and optimiser as they were."""
+    max_skipped_steps: int = 3
+    """Steps that are skipped in a row before the run stops all the same."""
     stop_at_alarms: tuple[str, ...] = ()
     """Alarms that end the run, by name (docs/alarms.md); the others only warn."""
     report_to: tuple[str, ...] = ()
@@ -76,6 +81,9 @@ class TrainConfig:
                   getattr(self, name))
         for name in ("min_lr_ratio", "warmup_start_ratio"):
             check(0 <= getattr(self, name) <= 1, name, "a number from 0 to 1", getattr(self, name))
+        check(self.on_nonfinite in ("stop", "skip"), "on_nonfinite", "'stop' or 'skip'",
+              self.on_nonfinite)
+        check_positive(self, ("max_skipped_steps",))
         for alarm in self.stop_at_alarms:
             check(alarm in KINDS, "stop_at_alarms", f"names of alarms ({', '.join(KINDS)})", alarm)
         for sink in self.report_to:

@@ -1,5 +1,6 @@
 """The token budget of a run's microbatches, halved where memory ends."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Generic, TypeVar
@@ -9,7 +10,7 @@ from torch import Tensor
 from fastrl.config import TrainConfig
 from fastrl.optim import AdamW, clip_scale
 from fastrl.out_of_memory import PassBudget
-from fastrl.trainers.common import check_finite
+from fastrl.trainers.nonfinite import StepGuard, first_nonfinite
 
 Config = TypeVar("Config", bound=TrainConfig)
 Result = TypeVar("Result")
@@ -25,6 +26,7 @@ class TokenBudget(Generic[Config]):
     def __init__(self, config: Config) -> None:
         self.config = config
         """The run's settings with the budget as it is now."""
+        self.guard = StepGuard(config)
         self._passes = PassBudget(config.max_tokens_per_microbatch)
 
     @property
@@ -61,7 +63,7 @@ class TokenBudget(Generic[Config]):
 
     def step(
         self, number: int, backward: Callable[[Config], dict[str, float]], optimizer: AdamW,
-        lengths: Sequence[int], learning_rate: float,
+        lengths: Sequence[int], learning_rate: float, find: Callable[[], str],
     ) -> dict[str, float]:
         """One optimiser step on a whole minibatch: gradients, clip norm, check, new weights.
 
@@ -69,10 +71,13 @@ class TokenBudget(Generic[Config]):
             number: Of the step, for errors.
             backward: As `attempt` of `run`; returns the metrics of the minibatch.
             optimizer, lengths: As `run` takes them.
+            find: Says where a NaN or an infinity comes from.
         Returns:
-            Those metrics, the gradient's norm and the budget.
+            Those metrics, the gradient's norm and the budget; of a skipped step those that are
+            finite.
         Raises:
-            NumericsError: at a metric that is not finite, before it reaches the weights.
+            NumericsError: at a metric that is not finite, before it reaches the weights, where the
+                step is not to be skipped.
         """
         def attempt(config: Config) -> tuple[dict[str, float], Tensor | None]:
             metrics = backward(config)
@@ -80,8 +85,17 @@ class TokenBudget(Generic[Config]):
             return metrics, scale
 
         metrics, scale = self.run(attempt, optimizer, lengths)
-        check_finite(number, metrics)
-        optimizer.step(learning_rate, scale)
+        bad = first_nonfinite(metrics)
+        if bad is None:
+            optimizer.step(learning_rate, scale)
+            self.guard.passed()
+        else:
+            where = find()
+            optimizer.zero_grad()
+            self.guard.refuse(f"step {number}: expected finite metrics, got {bad}; {where}")
+            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        if self.guard.num_skipped:
+            metrics["update/num_skipped"] = float(self.guard.num_skipped)
         return metrics | self.metrics()
 
     def metrics(self) -> dict[str, float]:

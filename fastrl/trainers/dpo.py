@@ -41,6 +41,7 @@ from fastrl.trainers.common import (
     require_rows,
 )
 from fastrl.trainers.dpo_pairs import completion_logprobs, ranked_pairs
+from fastrl.trainers.nonfinite import trace
 from fastrl.trainers.rankings import (
     check_comparison,
     fit_comparisons,
@@ -167,7 +168,7 @@ class DPOTrainer:
         learning_rate = self.schedule(self.num_finished)
         lengths = group_lengths([example.comparison for example in batch])
         metrics = self.budget.step(number, partial(self.backward, batch), self.optimizer, lengths,
-                                   learning_rate)
+                                   learning_rate, partial(self._find, batch))
         self.num_finished = number
         if number == 1:
             metrics["data/dropped_share"] = self.dropped_share
@@ -176,6 +177,11 @@ class DPOTrainer:
             "data/epoch": number / self.steps_per_epoch,
             "memory/peak_gib": peak_memory_gib(next(self.policy.parameters()).device),
         } | timer.metrics(sum(lengths))
+
+    def _find(self, batch: Sequence[DPOExample]) -> str:
+        """Where a NaN or an infinity of a minibatch comes from."""
+        return trace(self.policy, [e.comparison.prompt_ids for e in batch],
+                     lambda i: self.backward(batch[i:i + 1]))
 
     def train(self, progress: Progress | None = None) -> None:
         """Every step that is left, with evaluations."""

@@ -12,9 +12,9 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrl.alarms import Circumstances
 from fastrl.checkpoints import State
@@ -28,6 +28,7 @@ from fastrl.memory.residents import Residents, tensors_of
 from fastrl.metrics import PhaseTimer, RunFolder
 from fastrl.models.causal_lm import CausalLM, ScalarModel
 from fastrl.models.lora import adapt, without_adapters
+from fastrl.models.scoring import response_values
 from fastrl.ops import shape_rewards, whiten
 from fastrl.out_of_memory import PassBudget, call_again
 from fastrl.rewards import Scorer, TextDecoder, reward_models, score_metrics
@@ -40,6 +41,7 @@ from fastrl.trainers.common import (
     prepare_backbone,
     stream_indices,
 )
+from fastrl.trainers.nonfinite import StepGuard, trace
 from fastrl.trainers.old_logprobs import (
     largest_gap,
     update_logprobs,
@@ -47,6 +49,7 @@ from fastrl.trainers.old_logprobs import (
 )
 from fastrl.trainers.ppo_advantages import compute_advantages, greedy_sampling
 from fastrl.trainers.ppo_checks import (
+    NonFinite,
     check_models,
     check_rollout_finite,
     check_settings,
@@ -145,6 +148,7 @@ class PPOTrainer:
             if name in models:
                 prepare_backbone(models[name], config)
         self.budget = TokenBudget(config)
+        self.guard, self.encoder = StepGuard(config), encoder
         self.passes = PassBudget(config.max_tokens_per_microbatch)
         self.engine = Engine(policy, config.engine, encoder=encoder)
         if config.engine.exact:
@@ -161,6 +165,7 @@ class PPOTrainer:
             self.weights = KeptWeights(policy, config)
             self.policy_learner = PolicyLearner(
                 config, policy, self.weights, self.budget, ptx=ptx,
+                decode=None if encoder is None else encoder.decode,
                 value_head=critic.head if critic and config.critic_trunk == "policy" else None)
         self.residents.parts |= {
             "policy_optimizer": lambda: self.policy_learner.optimizer.state_dict().values(),
@@ -184,7 +189,8 @@ class PPOTrainer:
     def _critic_learner(self, config: PPOConfig, critic: ScalarModel) -> CriticLearner:
         """The critic's steps, their optimiser among the residents."""
         with self.residents.phase("critic_update"):
-            learner = CriticLearner(config, critic, critic_weights(config, critic), self.budget)
+            learner = CriticLearner(config, critic, critic_weights(config, critic), self.budget,
+                                    None if self.encoder is None else self.encoder.decode)
         self.residents.parts["critic_optimizer"] = lambda: learner.optimizer.state_dict().values()
         return learner
 
@@ -286,9 +292,12 @@ class PPOTrainer:
             raw_scores = compute(partial(self.scorer, rollout), "scoring", "reward_model")
 
         # reward, advantages
-        batch, metrics = call_again(lambda: self._judge(
-            rollout, old_logprobs, ref_logprobs, values, raw_scores, greedy_scores, critic_states,
-        ), *self._sizes("rewards and advantages"))
+        try:
+            batch, metrics = call_again(lambda: self._judge(
+                rollout, old_logprobs, ref_logprobs, values, raw_scores, greedy_scores,
+                critic_states), *self._sizes("rewards and advantages"))
+        except NonFinite as error:
+            return self._skip(error, rollout, timer)
         metrics |= gap_metrics
 
         # update
@@ -301,16 +310,50 @@ class PPOTrainer:
         # publish
         with self.residents.phase("rollout"):
             self.engine.weights_changed()
+        return self._finish(metrics, timer, rollout)
+
+    def _skip(self, error: NonFinite, rollout: Rollout, timer: PhaseTimer) -> dict[str, float]:
+        """End an iteration whose rollout has a NaN or an infinity: without an update."""
+        parts = {"old_logprobs": ("policy",), "ref_logprobs": (reference_part(self.config),),
+                 "values": SCORING_PARTS[self.config.critic_trunk]}
+        where = self._compute(timer, partial(self._find, error, rollout), "scoring",
+                              *parts.get(error.quantity, ("reward_model",)))
+        self.guard.refuse(f"{error.reason}; {where}")
+        return self._finish({}, timer, rollout)
+
+    def _find(self, error: NonFinite, rollout: Rollout) -> str:
+        """Which module gives a response of a rollout its NaN, in words."""
+        one, config, name = rollout.select([error.row]), self.config, error.quantity
+        works: dict[str, tuple[object, Callable[[int], object]]] = {
+            "old_logprobs": (self.policy, lambda _: update_logprobs(self.policy, one, config)),
+            "ref_logprobs": (self.reference, lambda _: update_logprobs(
+                cast(CausalLM, self.reference), one, config)),
+            "values": (self.critic, lambda _: response_values(
+                cast(ScalarModel, self.critic), one, self.passes))}
+        model, work = works.get(name, (next(iter(reward_models(self.scorer).values()), None),
+                                       lambda _: self.scorer(one)))
+        if not isinstance(model, nn.Module):
+            return f"no model is behind these {name}"
+        return trace(model, [one.sequence(0)], work, None if self.encoder is None
+                     else self.encoder.decode)
+
+    def _finish(
+        self, metrics: dict[str, float], timer: PhaseTimer, rollout: Rollout
+    ) -> dict[str, float]:
+        """Count the iteration, look at it, evaluate and log."""
         self.iteration += 1
         if self.iteration == 1:
             dropped = self.num_dropped_prompts
             metrics["data/dropped_share"] = dropped / (dropped + len(self.prompts))
+        guards = [learner.guard for learner in (self.policy_learner, self.critic_learner)
+                  if learner is not None]
+        if num_skipped := sum(guard.num_skipped for guard in (self.guard, *guards)):
+            metrics["update/num_skipped"] = float(num_skipped)
         metrics |= self.alarms.look(self.iteration, metrics)
         if self._is_evaluation_due():
             with timer.phase("eval"):
                 metrics |= self.evaluate()
-        metrics |= timer.metrics(sum(map(len, batch.sequences))
-                                 - config.num_samples_per_prompt * sum(map(len, prompts)))
+        metrics |= timer.metrics(int(rollout.response_lens.sum()))
         if "loss/policy" in metrics:  # not in the critic's own iterations
             metrics |= self.memory.metrics()
         self._log(metrics)

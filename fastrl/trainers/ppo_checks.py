@@ -1,7 +1,6 @@
 """What PPO refuses before it starts, and the numbers it refuses while it runs."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -138,6 +137,21 @@ def fit_prompts(
     return kept
 
 
+class NonFinite(NumericsError):
+    """A NaN or an infinity of one response.
+
+    Args:
+        quantity: Whose name it is.
+        row: The first response that has it.
+        reason: In words.
+    """
+
+    def __init__(self, quantity: str, row: int, reason: str) -> None:
+        super().__init__(f"{reason}; weights are those of the iteration before. Look at the scorer "
+                         "for scores, at learning rates and max_grad_norm otherwise")
+        self.quantity, self.row, self.reason = quantity, row, reason
+
+
 def check_rollout_finite(
     iteration: int, rollout: Rollout, **quantities: Tensor | None
 ) -> None:
@@ -148,7 +162,7 @@ def check_rollout_finite(
         rollout: The responses, for the message.
         quantities: Name -> [B] or [B, T] tensor; None is left out.
     Raises:
-        NumericsError: names the iteration, the quantity and the response.
+        NonFinite: names the iteration, the quantity and the response.
     """
     for name, tensor in quantities.items():
         if tensor is None:
@@ -156,25 +170,9 @@ def check_rollout_finite(
         bad = ~torch.isfinite(tensor).reshape(len(tensor), -1).all(dim=1)
         if bad.any():
             row = int(bad.nonzero()[0])
-            raise NumericsError(
+            raise NonFinite(name, row, (
                 f"iteration {iteration}: expected finite {name}, got NaN or infinity in response "
                 f"{row} ({int(bad.sum())} of {len(tensor)} responses), which begins with tokens "
                 f"{rollout.response(row)[:8]} after prompt tokens "
-                f"{rollout.sequence(row)[:8]}; weights are those of the iteration before. "
-                f"Look at the scorer for scores, at learning rates and max_grad_norm otherwise"
-            )
-
-
-def check_update_finite(iteration: int, rows: list[int], metrics: Mapping[str, float]) -> None:
-    """Stop before an optimiser step with a NaN or an infinity in its loss or gradient norm.
-
-    Raises:
-        NumericsError: names the iteration, the quantity and the responses of the minibatch.
-    """
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise NumericsError(
-                f"iteration {iteration}: expected a finite {name}, got {value} in the minibatch of "
-                f"responses {sorted(rows)}; this step was not taken. Lower the learning rates or "
-                f"set max_grad_norm"
-            )
+                f"{rollout.sequence(row)[:8]}"
+            ))

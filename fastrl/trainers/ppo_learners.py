@@ -3,7 +3,7 @@
 Each has its optimiser, its schedule and its clip norm, and checks every step before it takes it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from fastrl.trainers.common import (
     epoch_permutation,
     stream_indices,
 )
-from fastrl.trainers.ppo_checks import check_update_finite
+from fastrl.trainers.nonfinite import StepGuard, first_nonfinite, trace
 from fastrl.trainers.ppo_update import PPOBatch, backward_critic, backward_policy, mean_by_name
 from fastrl.trainers.ppo_weights import KeptWeights
 from fastrl.types import TokenExample
@@ -44,12 +44,14 @@ class PolicyLearner:
         budget: Of the microbatches.
         value_head: Trained in the same steps; None where the critic has steps of its own.
         ptx: Pretraining windows for PPO-ptx.
+        decode: Makes text of tokens, for errors.
     """
 
     def __init__(
         self, config: PPOConfig, policy: CausalLM, weights: KeptWeights,
         budget: TokenBudget[PPOConfig], *, value_head: ScalarHead | None = None,
         ptx: Sequence[TokenExample] = (),
+        decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         self.config, self.policy, self.weights, self.budget = config, policy, weights, budget
         self.value_head, self.ptx = value_head, ptx
@@ -58,6 +60,7 @@ class PolicyLearner:
         self.schedule = Schedule.from_config(config, max(
             1, config.num_iterations - config.num_critic_warmup_iterations))
         self.num_ptx_windows = 0
+        self.guard, self.decode = StepGuard(config), decode
 
     def learn(
         self, batch: PPOBatch, minibatches: Sequence[list[int]], iteration: int
@@ -81,8 +84,30 @@ class PolicyLearner:
                 done.append({"kl/approx": metrics["kl/approx"]})
                 return mean_by_name(done), number
             self.num_ptx_windows += len(windows)
-            done.append(metrics | self.step(rows, metrics, scale, iteration))
+            if (bad := first_nonfinite(metrics)) is None:
+                done.append(metrics | self.step(scale, iteration))
+            else:
+                self._refuse(batch, rows, windows, bad, iteration)
         return mean_by_name(done), len(minibatches)
+
+    def _refuse(
+        self, batch: PPOBatch, rows: list[int], windows: Sequence[TokenExample], bad: str,
+        iteration: int,
+    ) -> None:
+        """Skip the step of a minibatch, or end the run, and say where its NaN comes from."""
+        sequences = [*(batch.sequences[i] for i in rows), *(w.token_ids for w in windows)]
+
+        def alone(i: int) -> dict[str, float]:
+            if i < len(rows):
+                return self.gradients(batch, rows[i:i + 1], (), False, self.budget.config)[0]
+            window = windows[i - len(rows)]
+            return {"loss/ptx": backward_token_loss(
+                self.policy, [window], self.budget.config.max_tokens_per_microbatch)}
+
+        where = trace(self.policy, sequences, alone, self.decode)
+        self.optimizer.zero_grad()
+        self.guard.refuse(f"iteration {iteration}: expected finite metrics of the policy's update, "
+                          f"got {bad} in the minibatch of responses {rows}; {where}")
 
     def ptx_windows(self, num_rows: int) -> list[TokenExample]:
         """The pretraining windows beside `num_rows` responses."""
@@ -109,15 +134,15 @@ class PolicyLearner:
         return metrics, scale
 
     def step(
-        self, rows: list[int], metrics: dict[str, float], scale: Tensor | None, iteration: int
+        self, scale: Tensor | None, iteration: int
     ) -> dict[str, float]:
         """One step with the gradients that are there; follow with the average."""
-        check_update_finite(iteration, rows, metrics)
         # The policy's warmup begins when the policy does, after the critic's own iterations.
         learning_rate = self.schedule(iteration - self.config.num_critic_warmup_iterations)
         self.optimizer.step(learning_rate, scale)
         self.optimizer.zero_grad()
         self.weights.follow()
+        self.guard.passed()
         return {"lr/policy": learning_rate}
 
 
@@ -129,13 +154,15 @@ class CriticLearner:
         critic: Trained in place.
         weights: Those of the critic that are trained.
         budget: Of the microbatches.
+        decode: Makes text of tokens, for errors.
     """
 
     def __init__(
         self, config: PPOConfig, critic: ScalarModel, weights: Sequence[nn.Parameter],
-        budget: TokenBudget[PPOConfig],
+        budget: TokenBudget[PPOConfig], decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         self.critic, self.budget = critic, budget
+        self.guard, self.decode = StepGuard(config), decode
         self.optimizer = AdamW.from_config(weights, config)
         self.schedule = Schedule.from_config(config, config.num_iterations,
                                              config.critic_learning_rate)
@@ -151,10 +178,18 @@ class CriticLearner:
         metrics, scale = self.budget.run(
             partial(self._gradients, batch, rows), self.optimizer,
             [len(batch.sequences[i]) for i in rows])
-        check_update_finite(iteration, rows, metrics)
+        if (bad := first_nonfinite(metrics)) is not None:
+            where = trace(
+                self.critic, [batch.sequences[i] for i in rows],
+                lambda i: self._gradients(batch, rows[i:i + 1], self.budget.config)[0], self.decode)
+            self.optimizer.zero_grad()
+            self.guard.refuse(f"iteration {iteration}: expected finite metrics of the critic's "
+                              f"update, got {bad} in the minibatch of responses {rows}; {where}")
+            return {}
         learning_rate = self.schedule(iteration)
         self.optimizer.step(learning_rate, scale)
         self.optimizer.zero_grad()
+        self.guard.passed()
         return metrics | {"lr/critic": learning_rate}
 
     def _gradients(

@@ -40,6 +40,7 @@ from fastrl.trainers.common import (
     prepare_backbone,
     require_rows,
 )
+from fastrl.trainers.nonfinite import trace
 from fastrl.trainers.rankings import (
     check_comparison,
     fit_comparisons,
@@ -129,7 +130,8 @@ class RewardTrainer:
         batch = [self.comparisons[i] for i in rows]
         learning_rate, lengths = self.schedule(self.num_finished), group_lengths(batch)
         metrics = self.budget.step(number, partial(backward_ranking_loss, self.model, batch),
-                                   self.optimizer, lengths, learning_rate)
+                                   self.optimizer, lengths, learning_rate,
+                                   partial(self._find, batch))
         self.num_finished = number
         if number == 1:
             metrics["data/dropped_share"] = self.dropped_share
@@ -138,6 +140,11 @@ class RewardTrainer:
             "data/epoch": number / self.steps_per_epoch,
             "memory/peak_gib": peak_memory_gib(next(self.model.parameters()).device),
         } | timer.metrics(sum(lengths))
+
+    def _find(self, batch: Sequence[Comparison]) -> str:
+        """Where a NaN or an infinity of a minibatch comes from."""
+        return trace(self.model, [c.prompt_ids for c in batch], lambda i: backward_ranking_loss(
+            self.model, batch[i:i + 1], self.config))
 
     def train(self, progress: Progress | None = None) -> None:
         """Every step that is left, the shift, and the report on the held-out rankings."""

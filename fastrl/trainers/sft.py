@@ -49,6 +49,7 @@ from fastrl.trainers.common import (
     seeded,
     stream_indices,
 )
+from fastrl.trainers.nonfinite import trace
 from fastrl.trainers.supervised_state import load_supervised_state, supervised_state
 from fastrl.types import TokenExample
 
@@ -135,7 +136,8 @@ class SFTTrainer:
         learning_rate = self.schedule(self.num_finished)
         lengths = [len(e.token_ids) for e in (*examples, *windows)]
         metrics = self.budget.step(number, partial(self._backward, number, examples, windows),
-                                   self.optimizer, lengths, learning_rate)
+                                   self.optimizer, lengths, learning_rate,
+                                   partial(self._find, number, (*examples, *windows)))
         self.num_finished = number
         if number == 1:
             num_rows = self.num_dropped + len(self.examples)
@@ -159,6 +161,11 @@ class SFTTrainer:
                 metrics["loss/ptx"] = backward_token_loss(
                     self.model, windows, config.max_tokens_per_microbatch, config.ptx_coef)
         return metrics
+
+    def _find(self, number: int, examples: Sequence[TokenExample]) -> str:
+        """Where a NaN or an infinity in step `number` comes from."""
+        return trace(self.model, [e.token_ids for e in examples],
+                     lambda i: self._backward(number, examples[i:i + 1], (), self.config))
 
     def train(self, progress: Progress | None = None) -> None:
         """Every step that is left, with evaluations; then the selected weights."""

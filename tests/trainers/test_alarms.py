@@ -15,7 +15,8 @@ from fastrl import alarms
 from fastrl.alarms import KINDS, Circumstances, Past, find_alarms
 from fastrl.checkpoints import State
 from fastrl.config import DPOConfig, RewardConfig, SamplingConfig, SFTConfig
-from fastrl.errors import ConfigError, NumericsError
+from fastrl.data import load_prompts, word_tokenizer
+from fastrl.errors import ConfigError, DataError, NumericsError
 from fastrl.metrics import RunFolder
 from fastrl.models.causal_lm import scalar_from_causal
 from fastrl.report import write_report
@@ -291,7 +292,7 @@ def test_thresholds_are_bounds_and_not_hints() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_healthy_runs_give_no_alarm(task: SimpleNamespace, seed: int) -> None:
-    """Twenty seeds were tried once, docs/log.md."""
+    """Thirteen seeds were tried once, docs/log.md."""
     assert healthy(task, seed) == {}
 
 
@@ -320,3 +321,39 @@ def test_the_page_lists_every_alarm(pytestconfig: pytest.Config) -> None:
         "'from fastrl.alarms import to_markdown; print(to_markdown())'")
     for kind in KINDS.values():
         assert kind.meaning[0].isupper() and kind.meaning.endswith(".") and kind.advice
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl", "alarms.jsonl"])
+def test_a_full_disk_is_named(task: SimpleNamespace, tmp_path: Path, name: str) -> None:
+    """/dev/full has no room, as a full disk has none."""
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full on this system")
+    with RunFolder(tmp_path / "run", task.make_trainer().config, stage="ppo") as folder:
+        (folder.path / name).symlink_to("/dev/full")
+        trainer = task.make_trainer(scorer=zeros, inputs={"run": folder})
+        with pytest.raises(OSError, match="No space left") as error:
+            trainer.step()
+    assert error.value.filename == str(tmp_path / "run" / name)
+
+
+def test_a_data_file_that_dies_in_the_middle_changes_nothing(tmp_path: Path) -> None:
+    """Rows are read once: what is learned from does not depend on the file afterwards."""
+    encoder = word_tokenizer("a b c d e".split(), tmp_path / "tokenizer")
+
+    def prompts(name: str) -> tuple[Path, list[Prompt]]:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps({"prompt": f"a {word}"}) + "\n" for word in "bcde"))
+        return path, load_prompts(path, encoder, 8)[0]
+
+    path, rows = prompts("deleted.jsonl")
+    before = list(rows)
+    path.unlink()
+    assert list(rows) == before and len(before) == 4
+    path, rows = prompts("cut.jsonl")
+    with path.open("r+") as file:
+        file.truncate(11)
+    assert list(rows) == before
+    with pytest.raises(DataError, match="cut.jsonl"):
+        load_prompts(path, encoder, 8)
+    with pytest.raises(DataError, match="deleted.jsonl"):
+        load_prompts(tmp_path / "deleted.jsonl", encoder, 8)

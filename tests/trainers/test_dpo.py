@@ -217,7 +217,7 @@ def test_weights_that_are_not_finite_stop_the_run_before_the_step():
     with torch.no_grad():
         next(policy.parameters())[0] = float("nan")
     before = copy.deepcopy(policy.state_dict())
-    with pytest.raises(NumericsError, match="step 1: expected a finite"):
+    with pytest.raises(NumericsError, match="step 1: expected finite metrics, got"):
         for _ in range(2):
             trainer.backward(trainer.examples)
             trainer.step()

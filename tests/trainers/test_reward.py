@@ -297,7 +297,7 @@ def test_nan_stops_before_the_weights_change():
     with torch.no_grad():
         model.head.weight[0] = math.nan
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(NumericsError, match="step 1: expected a finite loss/ranking"):
+    with pytest.raises(NumericsError, match="step 1: expected finite metrics, got loss/ranking"):
         trainer.step()
     for a, b in zip(before, model.parameters(), strict=True):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())

@@ -324,7 +324,7 @@ def test_nan_stops_before_the_weights_change():
     with torch.no_grad():
         model.lm_head.weight[3] = math.nan
     before = weights_of(model)
-    with pytest.raises(NumericsError, match="step 2: expected a finite loss/train"):
+    with pytest.raises(NumericsError, match="step 2: expected finite metrics, got loss/train"):
         trainer.step()
     for a, b in zip(before, model.parameters(), strict=True):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
