@@ -211,6 +211,12 @@ class PPOTrainer:
         """
         load_trainer_state(self, state)
 
+    @property
+    def guards(self) -> list[StepGuard]:
+        """Those of rollouts, of the policy's steps and, where there is one, of the critic's."""
+        learners = (self.policy_learner, self.critic_learner)
+        return [self.guard, *(learner.guard for learner in learners if learner is not None)]
+
     def train(self, progress: Progress | None = None) -> str:
         """Run to the end, or to the KL ceiling, and put the chosen weights into the policy.
 
@@ -298,6 +304,7 @@ class PPOTrainer:
                 critic_states), *self._sizes("rewards and advantages"))
         except NonFinite as error:
             return self._skip(error, rollout, timer)
+        self.guard.passed()
         metrics |= gap_metrics
 
         # update
@@ -345,9 +352,7 @@ class PPOTrainer:
         if self.iteration == 1:
             dropped = self.num_dropped_prompts
             metrics["data/dropped_share"] = dropped / (dropped + len(self.prompts))
-        guards = [learner.guard for learner in (self.policy_learner, self.critic_learner)
-                  if learner is not None]
-        if num_skipped := sum(guard.num_skipped for guard in (self.guard, *guards)):
+        if num_skipped := sum(guard.num_skipped for guard in self.guards):
             metrics["update/num_skipped"] = float(num_skipped)
         metrics |= self.alarms.look(self.iteration, metrics)
         if self._is_evaluation_due():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastrl.trainers.ppo import PPOTrainer
 
 VALUES = ("iteration", "num_recomputed", "score_std", "stop_reason", "kl", "num_ptx_windows",
-          "max_tokens")
+          "max_tokens", "skipped")
 """Names of the trainer's own values; those of alarms, best weights and watch are beside them."""
 
 
@@ -103,6 +103,7 @@ def _values(trainer: "PPOTrainer") -> dict[str, Any]:
         "stop_reason": trainer.stop_reason,
         "kl": dict(trainer.kl_controller.state_dict()),
         "num_ptx_windows": trainer.policy_learner.num_ptx_windows,
+        "skipped": [[guard.num_skipped, guard.num_in_a_row] for guard in trainer.guards],
         # Where memory ended once, passes stay smaller: sums round otherwise in others.
         "max_tokens": [trainer.budget.max_tokens, *(p.max_tokens for p in _passes(trainer))],
     }
@@ -115,6 +116,8 @@ def _load_values(trainer: "PPOTrainer", values: Mapping[str, Any]) -> None:
     trainer.stop_reason = values["stop_reason"]
     trainer.kl_controller.load_state_dict(values["kl"])
     trainer.policy_learner.num_ptx_windows = values["num_ptx_windows"]
+    for guard, counts in zip(trainer.guards, values["skipped"], strict=True):
+        guard.num_skipped, guard.num_in_a_row = counts
     trainer.budget.max_tokens, *rest = values["max_tokens"]
     for passes, max_tokens in zip(_passes(trainer), rest, strict=True):
         passes.max_tokens = max_tokens
