@@ -41,7 +41,8 @@ def supervised_state(trainer: Supervised, model: CausalLM | ScalarModel, extra: 
               # Where memory ended once, passes stay smaller: sums round otherwise in others.
               "max_tokens": [trainer.budget.max_tokens, trainer.passes.max_tokens]}
     return State.join(State(_tensors(trainer, model), values), extra,
-                      trainer.alarms.state().under("alarms"))
+                      trainer.alarms.state().under("alarms"),
+                      trainer.budget.guard.state().under("skipped"))
 
 
 def load_supervised_state(
@@ -64,6 +65,7 @@ def load_supervised_state(
     values = supervised_state(trainer, model, extra).values
     found = state.copy_to(owner, {**_tensors(trainer, model), **extra.tensors}, values)
     trainer.alarms.load_state(state.part("alarms"))
+    trainer.budget.guard.load_state(state.part("skipped"))
     trainer.num_finished = found["num_finished"]
     trainer.budget.max_tokens, trainer.passes.max_tokens = found["max_tokens"]
     return found

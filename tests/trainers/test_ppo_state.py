@@ -141,7 +141,7 @@ def test_everything_at_once(task: SimpleNamespace, stopped: Any) -> None:
     assert found_rows == rows and same(found, end)
     names = {*state.tensors, *state.values}
     assert all(any(n == part or n.startswith(f"{part}.") for n in names) for part in PARTS)
-    assert names == {n for n in names if n == "stop_reason" or any(
+    assert names == {n for n in names if n in ("stop_reason", "skipped") or any(
         n == part or n.startswith(f"{part}.") for part in PARTS)}
 
 
