@@ -292,7 +292,7 @@ def test_thresholds_are_bounds_and_not_hints() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_healthy_runs_give_no_alarm(task: SimpleNamespace, seed: int) -> None:
-    """Thirteen seeds were tried once, docs/log.md."""
+    """Twenty seeds were tried once, docs/log.md."""
     assert healthy(task, seed) == {}
 
 
