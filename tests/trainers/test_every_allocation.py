@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastrl.config import SamplingConfig
+from fastrl.config import PPOConfig, SamplingConfig
 from fastrl.errors import DeviceMemoryError
 from fastrl.exactness import exact_math
+from fastrl.metrics import RunFolder
 from fastrl.models.causal_lm import CausalLM, scalar_from_causal
 from fastrl.models.decoder import DecoderConfig, new_decoder
 from fastrl.rewards import RewardModelScorer
@@ -41,14 +42,14 @@ def _model(seed: int) -> CausalLM:
         eos_token_ids=(1,)), seed)
 
 
-def _trainer(task: SimpleNamespace, **settings: Any) -> PPOTrainer:
+def _trainer(task: SimpleNamespace, run: RunFolder, **settings: Any) -> PPOTrainer:
     """2 prompts x 2 responses of up to 3 tokens; a step of each model, then an evaluation."""
     policy = _model(0)
     trainer: PPOTrainer = task.make_trainer(
         policy, critic=scalar_from_causal(policy, 1), reference=_model(0),
         scorer=RewardModelScorer(scalar_from_causal(_model(2), 3), BUDGET),
         prompts=[Prompt((2, 3), ""), Prompt((4,), "")],
-        inputs={"ptx": PTX, "eval_prompts": [Prompt((5, 6), "")], "eval_ptx": PTX[:1]},
+        inputs={"run": run, "ptx": PTX, "eval_prompts": [Prompt((5, 6), "")], "eval_ptx": PTX[:1]},
         **{"rollout_batch_size": 4, "minibatch_size": 4, "num_samples_per_prompt": 2,
            "num_iterations": 1, "sampling": SamplingConfig(max_new_tokens=3), "eval_steps": 1,
            "max_tokens_per_microbatch": BUDGET, "ptx_coef": 1.0, "ptx_ratio": 0.5,
@@ -171,8 +172,12 @@ STRIDES = {"rollout": 4, "evaluation policy kv_cache": 13}
 
 
 @pytest.fixture
-def iteration(task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Iterator[Iteration]:
-    made, logger = Iteration(_trainer(task), monkeypatch), logging.getLogger("fastrl")
+def iteration(
+    task: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Iteration]:
+    """With a folder, into which an evaluation writes samples."""
+    run = RunFolder(tmp_path / "run", PPOConfig(), stage="ppo")
+    made, logger = Iteration(_trainer(task, run), monkeypatch), logging.getLogger("fastrl")
     assert set(made.results) == set(PARTS)
     level = logger.level
     logger.setLevel(logging.ERROR)  # thousands of warnings
