@@ -358,7 +358,7 @@ class PPOTrainer:
         if self._is_evaluation_due():
             with timer.phase("eval"):
                 metrics |= self.evaluate()
-        metrics |= timer.metrics(int(rollout.response_lens.sum()))
+        metrics |= timer.metrics(sum(map(sum, rollout.response_mask.tolist())))
         if "loss/policy" in metrics:  # not in the critic's own iterations
             metrics |= self.memory.metrics()
         self._log(metrics)

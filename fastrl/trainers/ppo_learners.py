@@ -133,9 +133,7 @@ class PolicyLearner:
                                                         config.max_grad_norm)
         return metrics, scale
 
-    def step(
-        self, scale: Tensor | None, iteration: int
-    ) -> dict[str, float]:
+    def step(self, scale: Tensor | None, iteration: int) -> dict[str, float]:
         """One step with the gradients that are there; follow with the average."""
         # The policy's warmup begins when the policy does, after the critic's own iterations.
         learning_rate = self.schedule(iteration - self.config.num_critic_warmup_iterations)

@@ -44,7 +44,7 @@ def update_in_turns(trainer: PPOTrainer, batch: PPOBatch) -> dict[str, float]:
                 done.append({"kl/approx": metrics["kl/approx"]})
                 break
             policy.num_ptx_windows += len(windows)
-            metrics |= policy.step(rows, metrics, scale, iteration)
+            metrics |= policy.step(scale, iteration)
         metrics |= critic.step(batch, rows, iteration)
         done.append(metrics)
         num_steps += 1
