@@ -29,8 +29,15 @@ def fits(hint: Any, value: object) -> bool:
     if hint is int:
         return isinstance(value, numbers.Integral) and -(2**63) <= int(value) < 2**63
     if hint is float:
-        return isinstance(value, numbers.Real) and math.isfinite(value)
+        return isinstance(value, numbers.Real) and _is_finite(value)
     return isinstance(value, hint)
+
+
+def _is_finite(value: numbers.Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond the range of a float
+        return False
 
 
 def described(hint: Any) -> str:

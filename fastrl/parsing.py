@@ -103,6 +103,8 @@ def _parse_dict(hint: Any, value: Any, where: str) -> dict[str, Any]:
 
 def _parse_scalar(hint: Any, value: Any, where: str) -> Any:
     """A bool, int, float or str; bool is no number here."""
+    if isinstance(value, int) and not -2**63 <= value < 2**63:
+        _refuse(where, "a number between -2**63 and 2**63", value)
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if not math.isfinite(value):
             _refuse(where, "a finite number", value)
@@ -115,5 +117,13 @@ def _parse_scalar(hint: Any, value: Any, where: str) -> Any:
     return _refuse(where, names[hint], value)
 
 
+def _shown(value: object) -> str:
+    """A value in a message: a number of thousands of digits, or a whole file, is cut."""
+    if isinstance(value, int) and value.bit_length() > 4096:
+        return "a number of more than 1,200 digits"
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + " ..."
+
+
 def _refuse(where: str, expected: str, value: object) -> typing.NoReturn:
-    raise ConfigError(f"{where}: expected {expected}, got {value!r}")
+    raise ConfigError(f"{where}: expected {expected}, got {_shown(value)}")

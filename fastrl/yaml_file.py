@@ -67,6 +67,9 @@ def parse_yaml(text: str, name: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ConfigError(f"{name}: expected settings of a few levels, got a text that nests "
+                          "deeper than can be read; write plain values") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{name}, line {mark.line + 1}, column {mark.column + 1}" if mark else name
@@ -78,6 +81,9 @@ def parse_yaml(text: str, name: str) -> Any:
         raise ConfigError(f"{where}: {problem}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not valid YAML: {error}") from None
+    except ValueError as error:  # a number that Python does not convert
+        raise ConfigError(f"{name}: expected numbers of at most 4,300 digits, got: {error}; "
+                          "correct the number") from None
 
 
 def load_yaml(path: Path | str) -> dict[str, Any]:

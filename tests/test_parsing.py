@@ -51,6 +51,9 @@ def test_to_dict_and_back():
     ({"prompts": "p.jsonl"}, r"recipe: prompts: expected a list \[...\], got 'p.jsonl'"),
     ({"prompts": [1]}, r"recipe: prompts\[0\]: expected text, got 1"),
     ({"source_weights": ["a"]}, "recipe: source_weights: expected settings"),
+    ({"seed": 2**63}, r"recipe: seed: expected a number between -2\*\*63 and 2\*\*63"),
+    ({"learning_rate": 10**400}, r"learning_rate: expected a number between -2\*\*63 and"),
+    ({"learning_rate": 10**4000}, "learning_rate: .* got a number of more than 1,200 digits"),
     ({"lam": 2}, "recipe: lam: expected a number from 0 to 1, got 2.0"),
 ])
 def test_a_wrong_value_names_place_expectation_and_value(values, message):

@@ -33,6 +33,8 @@ def test_byte_order_mark_and_empty_file(tmp_path: Path) -> None:
     ("a: [\n", "f.yaml, line 2"),
     ("a: @sft\n", "line 1, column 4: found character '@'.*put it in quotes"),
     ("a: \x01", "not valid YAML"),
+    ("[" * 5000, "nests deeper than can be read"),
+    ("a: " + "1" * 5000, "expected numbers of at most 4,300 digits"),
 ])
 def test_mistakes_name_file_and_line(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

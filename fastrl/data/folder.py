@@ -4,7 +4,6 @@
 goes through transformers, which converts it.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from fastrl.data.plain import TokenizersErrors
 from fastrl.errors import ModelError
+from fastrl.json_file import MAX_FILE_BYTES, load_json, parse_json
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -85,16 +85,20 @@ def read_folder(path: str | Path) -> TokenizerFolder:
 
 def _read_text(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("a folder or a device")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"more than {MAX_FILE_BYTES:,} bytes")
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path}: expected a file that can be read as UTF-8, got: {error}; copy "
                          "the tokenizer again") from error
 
 
 def _parse(text: str, path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise ModelError(f"{path}: expected valid JSON, got: {error}; copy the tokenizer again"
                          ) from error
     if not isinstance(value, dict):
@@ -105,7 +109,7 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file, empty when there is no such file."""
-    return _parse(_read_text(path), path) if path.exists() else {}
+    return load_json(path, ModelError, "copy the tokenizer again") if path.exists() else {}
 
 
 def _text(value: object) -> str | None:

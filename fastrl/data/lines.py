@@ -4,6 +4,8 @@ Lines end at `\\n` only. `MAX_LINE_BYTES` and `MAX_UNPACKED_BYTES` bound what a 
 """
 
 import gzip
+import os
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,9 @@ MAX_LINE_BYTES = 64 * 2**20
 """Longest line that is read; a longer one is an error, so that no file can fill the memory."""
 MAX_UNPACKED_BYTES = 4 * 2**30
 """Most bytes that a compressed file may unpack to."""
+MAX_RATIO, FREE_BYTES = 250, 2 * 2**20
+"""Beyond `FREE_BYTES` unpacked, a compressed file may unpack to `MAX_RATIO` times its size: text
+reaches 10, the same row over and over 200, and a bomb 1,000."""
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -32,6 +37,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """
     file = str(path)
     total = 0
+    check_is_file(file)
+    most = MAX_RATIO * os.path.getsize(file)
     with _open(file) as stream:
         number = 0
         while raw := _readline(stream, file, number + 1):
@@ -40,7 +47,25 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
             if file.endswith(".gz") and total > MAX_UNPACKED_BYTES:
                 raise DataError(f"{file}: expected at most {MAX_UNPACKED_BYTES:,} bytes unpacked, "
                                 "got more; split the file")
+            if file.endswith(".gz") and total > max(most, FREE_BYTES):
+                raise DataError(f"{file}: expected a compressed file that unpacks to at most "
+                                f"{MAX_RATIO} times its size, got more; give it unpacked if it is "
+                                "not a bomb")
             yield number, _decode(raw, file, number)
+
+
+def check_is_file(file: str) -> None:
+    """Raise DataError for what is no regular file: a pipe or a device may never end."""
+    try:
+        mode = os.stat(file).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        raise DataError(f"{file}: expected a file that can be read, got {error}; check the path"
+                        ) from error
+    if stat.S_ISDIR(mode):
+        raise DataError(f"{file}: expected a file, got: Is a directory; name the file in it")
+    if not stat.S_ISREG(mode):
+        raise DataError(f"{file}: expected a regular file, got a pipe or a device; copy it to a "
+                        "file")
 
 
 def _open(file: str) -> BinaryIO:

@@ -10,14 +10,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fastrl.data import lines
-from fastrl.data.lines import read_lines, row_error
+from fastrl.data.lines import check_is_file, read_lines, row_error
 from fastrl.errors import DataError
+from fastrl.json_file import MAX_FILE_BYTES, parse_json
 
-MAX_DEPTH = 64
-"""Deepest nesting of lists and objects in a row."""
 DATASETS_PREFIX = "datasets:"
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")
 
@@ -164,7 +163,14 @@ def _read_jsonl(file: str) -> Iterator[Row]:
 
 
 def _read_json(file: str) -> Iterator[Row]:
-    text = "\n".join(line for _, line in read_lines(file))
+    parts, length = [], 0
+    for _, line in read_lines(file):
+        parts.append(line)
+        length += len(line)
+        if length > MAX_FILE_BYTES:
+            raise DataError(f"{file}: expected at most {MAX_FILE_BYTES:,} characters in a .json "
+                            "file, which is read at once, got more; convert it to .jsonl")
+    text = "\n".join(parts)
     values = _parse_json(text, file, 1) if text.strip() else []
     if not isinstance(values, list):
         raise DataError(f"{file}: expected a list of objects, got {describe(values)}; a file with "
@@ -177,42 +183,13 @@ def _read_json(file: str) -> Iterator[Row]:
 
 
 def _parse_json(text: str, file: str, first_line: int) -> Any:
-    """A JSON value; refuses duplicate keys, NaN and what nests or counts too far to be data."""
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-        if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
-            raise RecursionError
-        return value
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise row_error(file, first_line + error.lineno - 1, f"column {error.colno}: expected "
                         f"valid JSON, got: {error.msg}") from error
-    except RecursionError as error:
-        raise row_error(file, first_line, f"the row: expected at most {MAX_DEPTH} levels of lists "
-                        "and objects, got more") from error
     except ValueError as error:
         raise row_error(file, first_line, f"the row: {error}") from error
-
-
-def _depth(value: object) -> int:
-    """Levels of lists and objects; 0 for a plain value."""
-    depth, level = 0, [value]
-    while level := [v for v in level if isinstance(v, (list, dict))]:
-        depth += 1
-        level = [item for v in level for item in (v.values() if isinstance(v, dict) else v)]
-    return depth
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"expected each field once, got field {twice!r} twice")
-    return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"expected a JSON number, got {name}")
 
 
 def _read_csv(file: str, delimiter: str) -> Iterator[Row]:
@@ -266,16 +243,35 @@ def _read_parquet(file: str) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    check_is_file(file)
     number = 0
     try:
         table = pyarrow.parquet.ParquetFile(file)
+        _check_parquet(file, table)
         for batch in table.iter_batches(batch_size=1024):
+            if batch.nbytes > MAX_FILE_BYTES:
+                raise row_error(file, number + 1, f"the row: expected at most {MAX_FILE_BYTES:,} "
+                                f"bytes in 1,024 rows, got {batch.nbytes:,}", "row")
             for value in batch.to_pylist():
                 number += 1
                 yield Row(file, number, value, "row")
-    except (OSError, pyarrow.ArrowException) as error:
+    except DataError:
+        raise
+    except (OSError, pyarrow.ArrowException, ValueError, OverflowError, MemoryError) as error:
         raise row_error(file, number + 1, f"the row: expected a parquet file, got: {error}",
                         "row") from error
+
+
+def _check_parquet(file: str, table: Any) -> None:
+    """Raise DataError for a column that is there twice, and for what unpacks to too much."""
+    names = table.schema_arrow.names
+    if len(set(names)) < len(names):
+        raise DataError(f"{file}: expected each column once, got one twice; rename it")
+    groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
+    unpacked = max((group.total_byte_size for group in groups), default=0)
+    if unpacked > lines.MAX_UNPACKED_BYTES:
+        raise DataError(f"{file}: expected at most {lines.MAX_UNPACKED_BYTES:,} bytes unpacked in "
+                        f"a row group, got {unpacked:,}; write it with smaller row groups")
 
 
 def _read_datasets(file: str) -> Iterator[Row]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrl.errors import ModelError
+from fastrl.json_file import load_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -35,17 +36,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: when the file is missing or is not a JSON object.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise ModelError(f"{path.parent}: expected a model folder with {path.name}, found none; "
-                         "give the folder that holds config.json and the weights") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path}: expected a JSON file, got {error}; get the file anew") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, got {type(value).__name__}; get the "
-                         "file anew")
-    return value
+                         "give the folder that holds config.json and the weights")
+    return load_json(path, ModelError)
 
 
 def read_raw_config(path: str | Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,7 @@ def test_paragraphs(write):
     (b'{"a": 1}\nnull\n', ", line 2, the row: expected a JSON object, got null"),
     (b'{"a": 1, "b": {"c": 1, "c": 2}}\n',
      ", line 1, the row: expected each field once, got field 'c' twice"),
+    (b'{"a": 1e999}\n', ", line 1, the row: expected numbers of at most 1.8e308, got 1e999"),
     (b'{"a": NaN}\n', ", line 1, the row: expected a JSON number, got NaN"),
     (b'{"a": -Infinity}\n', ", line 1, the row: expected a JSON number, got -Infinity"),
     (b'{"a": ' + b"[" * 65 + b"]" * 65 + b"}\n", ", line 1, the row: expected at most 64 levels"),
@@ -140,6 +142,59 @@ def test_compressed_file_that_unpacks_without_end(write, monkeypatch):
     monkeypatch.setattr(lines, "MAX_UNPACKED_BYTES", 10_000)
     path = write("d.jsonl.gz", LINES * 1000)
     assert "expected at most 10,000 bytes unpacked" in error_of(path)
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("d.jsonl.gz", b"\n" * 8_000_000, "unpacks to at most 250 times its size"),
+    ("d.txt.gz", b" " * 100_000_000, "expected at most 67,108,864 bytes in a line"),
+])
+def test_bombs_end_early(write, name, content, message):
+    path = write(name, content)
+    assert path.stat().st_size < 100_000
+    assert message in error_of(path)
+
+
+def test_a_whole_json_file_has_a_limit(write, monkeypatch):
+    monkeypatch.setattr("fastrl.data.rows.MAX_FILE_BYTES", 100)
+    path = write("d.json.gz", b"[" + b'{"a": 1},\n' * 100 + b'{"a": 1}]')
+    assert "expected at most 100 characters in a .json file" in error_of(path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    for name in ("d.jsonl", "d.parquet", "d.csv.gz"):
+        os.mkfifo(tmp_path / name)
+        assert "got a pipe or a device" in error_of(tmp_path / name)
+
+
+def test_names_with_spaces_unicode_and_null(tmp_path):
+    folder = tmp_path / "zwei Wörter 日本 'quoted' %s {x}"
+    folder.mkdir()
+    path = folder / "d a t a.jsonl"
+    path.write_bytes(LINES)
+    assert values(path) == [{"a": "x"}, {"a": "y"}]
+    path.write_bytes(b"{")
+    assert ", line 1, column 2: expected valid JSON" in error_of(path)
+    assert "embedded null byte" in error_of("a\0b.jsonl")
+
+
+def test_null_characters_stay_text(write):
+    assert values(write("d.jsonl", b'{"a": "x\\u0000y"}')) == [{"a": "x\0y"}]
+    assert values(write("d.csv", b"a\nx\0y\n")) == [{"a": "x\0y"}]
+
+
+def test_parquet_column_twice_and_what_unpacks_to_too_much(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    path = tmp_path / "d.parquet"
+    parquet.write_table(pyarrow.table([["x"], ["y"]], names=["a", "a"]), path)
+    assert "expected each column once" in error_of(path)
+    bomb = pyarrow.table({"text": ["x" * 2**12] * 1024})
+    parquet.write_table(bomb, path)  # 4 MiB in a dictionary of one
+    assert path.stat().st_size < 2**15
+    monkeypatch.setattr("fastrl.data.rows.MAX_FILE_BYTES", 2**21)
+    assert "expected at most 2,097,152 bytes in 1,024 rows" in error_of(path)
+    monkeypatch.setattr(lines, "MAX_UNPACKED_BYTES", 1000)
+    assert "bytes unpacked in a row group" in error_of(path)
 
 
 def test_line_without_end(write, monkeypatch):
