@@ -16,12 +16,9 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from fastrl.data.template_limits import MAX_TEMPLATE_CHARACTERS, BoundedEnvironment
 from fastrl.errors import DataError, ModelError
-
-MAX_TEMPLATE_CHARACTERS = 2**20
-"""Longest text that a template may write around the contents of a conversation."""
 
 PLAIN_FORMAT = """\
 {%- for message in messages -%}
@@ -73,14 +70,16 @@ class ChatTemplate:
         """
         self.name = name
         self._names = names
-        environment = _Environment(trim_blocks=True, lstrip_blocks=True,
-                                   extensions=[_Generation, loopcontrols])
-        environment.filters["tojson"] = _tojson
+        self._environment = environment = BoundedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        environment.filters["tojson"] = environment.bounded(_tojson)
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
+            if len(source) > MAX_TEMPLATE_CHARACTERS:
+                raise TemplateError(f"one of more than {MAX_TEMPLATE_CHARACTERS:,} characters")
             self._template = environment.from_string(source)
-        except (TemplateError, RecursionError) as error:
+        except (TemplateError, RecursionError, SyntaxError, MemoryError, ValueError) as error:
             raise ModelError(f"{name}: expected a Jinja chat template, got: {error}; correct "
                              "chat_template in the tokenizer's folder") from error
 
@@ -101,13 +100,14 @@ class ChatTemplate:
         try:
             return self._render(messages, add_generation_prompt)
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError,
-                AttributeError, RecursionError) as error:
+                AttributeError, RecursionError, MemoryError) as error:
             raise DataError(f"messages: the chat template of {self.name} refuses a conversation "
                             f"with the roles {_shown(roles)}: {error}; change the messages or the "
                             "template") from error
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         pieces, length = [], 0
+        self._environment.start()
         for piece in self._template.generate(
                 **self._names, messages=messages, add_generation_prompt=add_generation_prompt):
             length += len(piece)
@@ -147,21 +147,6 @@ def find_slot(rendered: str, index: int, begin: int = 0) -> tuple[int, int] | No
 
 def _shown(roles: Sequence[str]) -> str:
     return ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "")
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox that transformers uses, without multiplying texts into gigabytes."""
-
-    intercepted_binops = frozenset(["*", "**"])
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Compute `left operator right` when its result has a sensible size."""
-        size = (len(left) if isinstance(left, (str, list)) else left,
-                len(right) if isinstance(right, (str, list)) else right)
-        numbers = all(isinstance(value, (int, float)) for value in size)
-        if operator == "**" or not numbers or size[0] * size[1] > MAX_TEMPLATE_CHARACTERS:
-            raise TemplateError("it computes a power or a product that is too large")
-        return super().call_binop(context, operator, left, right)
 
 
 class _Generation(Extension):

@@ -76,6 +76,27 @@ def test_generation_prompt_and_helpers() -> None:
     ("{{ 'a' * 10000000000 }}", "a product that is too large"),
     ("{{ [1] * 10000000000 }}", "a product that is too large"),
     ("{{ 10 ** 10 ** 10 }}", "a power"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+     "computes for more than 1 s"),
+    ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+     "computes for more than 1 s"),
+    ("{% set n = namespace(x='ab') %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}",
+     "too large"),
+    ("{% set n = namespace(x='ab') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+     "writes more than"),
+    ("{% set x %}{% for i in range(999) %}{{ 'a' * 9999 }}{% endfor %}{% endset %}",
+     "writes more than"),
+    ("{{ 'x' | center(10000000000) }}", "too large"),
+    ("{{ 'x'.ljust(10000000000) }}", "too large"),
+    ("{{ '{:>10000000000}'.format(1) }}", "a width that is too large"),
+    ("{{ '{:>{w}}'.format(1, w=10000000000) }}", "too large"),
+    ("{{ '%10000000000d' % 1 }}", "a width that is too large"),
+    ("{{ '%10000000000d' | format(1) }}", "a width that is too large"),
+    ("{{ ('a' * 9999).replace('a', 'b' * 9999) }}", "too large"),
+    ("{{ (['a' * 9999] * 999) | join('b' * 9999) }}", "too large"),
+    ("{{ range(99999) | map('string') | join('b' * 9999) }}", "too large"),
+    ("{{ {'a': [1]} | tojson(indent=1000000000) }}", "too large"),
+    ("{{ lipsum(n=100) }}", "'lipsum' is undefined"),
     ("{% for i in range(100000) %}{{ 'aaaaaaaaaaaaaaaaaaaaaaaa' }}{% endfor %}",
      "writes more than 1,048,576 characters"),
     ("{% for i in range(10000000000) %}{% endfor %}", "Range too big"),
@@ -87,6 +108,20 @@ def test_templates_that_fail_name_the_reason(source: str, expected: str) -> None
     with pytest.raises(DataError, match="template of test refuses .* roles user") as caught:
         parts(source, "user")
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["{% for %}", "{{ " + "(" * 5000, "a" * (2**20 + 1),
+                                    "{{ " + "[" * 300 + "]" * 300 + " }}"])
+def test_sources_that_do_not_compile(source: str) -> None:
+    with pytest.raises(ModelError, match="expected a Jinja chat template"):
+        ChatTemplate(source, {}, "test")
+
+
+def test_joined_texts_and_sums_are_as_in_jinja() -> None:
+    assert parts("{{ 'a' ~ 1 ~ ('b' ~ none) }}{{ 5 % 3 + 2000000 * 0 + 3000000 }}", "user") == [
+        "a1bNone3000002"]
+    assert parts("{{ '%s=%d' % ('a', 3) }}{{ 'a,b'.split(',') | map('upper') | join('-') }}",
+                 "user") == ["a=3A-B"]
 
 
 def test_source_that_is_not_a_template() -> None:
