@@ -145,18 +145,43 @@ def _usage() -> str:
 
 def _stage(kind: str, parser: Parser, argv: list[str]) -> int:
     """`fastrl sft | reward | ppo | dpo | best_of_n`: one stage from its settings."""
+    folder, argv = _resumed_folder(parser, argv) if kind in PLANNED else (None, argv)
     config, quiet = read_options(parser, RUN_TYPES[kind], argv)
+    if folder is not None and Path(config.output_dir) != folder:
+        raise ConfigError(f"output_dir: expected {folder}, which --resume names, got "
+                          f"{config.output_dir}; leave output_dir out")
 
     from fastrl.console import Console
+    from fastrl.continuation import find_checkpoint
     from fastrl.pipeline import run_stage
     from fastrl.report import write_report
+    from fastrl.stages import stage_lineage
 
     console = Console(quiet=quiet)
-    folder = run_stage(kind, config, console=console)
+    checkpoint = None if folder is None else find_checkpoint(folder, stage_lineage(kind, config))
+    folder = run_stage(kind, config, console=console, checkpoint=checkpoint)
     made = {"data": folder / "demonstrations.jsonl", "model": folder / "model"}
     lines = [f"{name:<7} {path}" for name, path in made.items() if path.exists()]
     console.result("\n".join([*lines, f"report  {write_report(folder)}"]))
     return 0
+
+
+def _resumed_folder(parser: Parser, argv: list[str]) -> tuple[Path | None, list[str]]:
+    """The folder that `--resume` names, and the words that stand for it: the run's settings."""
+    parser.add_argument("--resume", metavar="FOLDER", default=argparse.SUPPRESS,
+                        help="continue the run in this folder, with its settings, from its newest "
+                             "checkpoint")
+    finder = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
+    finder.add_argument("--resume", type=Path)
+    given, rest = finder.parse_known_args(argv)
+    folder: Path | None = given.resume
+    if folder is None:
+        return None, rest
+    settings = folder / "config.yaml"
+    if not settings.is_file():
+        raise ConfigError(f"--resume: expected the folder of a run, found no {settings}; check the "
+                          "path")
+    return folder, ["--config", str(settings), "--output_dir", str(folder), *rest]
 
 
 def _run(parser: Parser, argv: list[str]) -> int:
@@ -169,6 +194,8 @@ def _run(parser: Parser, argv: list[str]) -> int:
     parser.add_argument("--short", action="store_true", help="the recipe's short form, for tests")
     parser.add_argument("--from_stage", metavar="STAGE",
                         help="run this stage and all later ones again; old folders are renamed")
+    parser.add_argument("--from_scratch", action="store_true",
+                        help="begin stages that were stopped anew; old folders are renamed")
     parser.add_argument("--quiet", action="store_true", help="print warnings and results only")
     parser.epilog = ("--STAGE.SETTING VALUE changes a setting of a stage, as in "
                      "--ppo.kl_coef 0.05; --seed VALUE the seed of the recipe.")
@@ -182,7 +209,8 @@ def _run(parser: Parser, argv: list[str]) -> int:
     report = run_recipe(
         given.recipe, data_root=given.data_root,
         output_dir=given.output_dir or Path("runs") / given.recipe.stem,
-        overrides=overrides, short=given.short, from_stage=given.from_stage, console=console)
+        overrides=overrides, short=given.short, from_stage=given.from_stage,
+        from_scratch=given.from_scratch, console=console)
     console.result(f"report  {report}")
     return 0
 

@@ -5,6 +5,7 @@ A stage's lineage is a plain mapping, written to its `run.json`:
     kind            stage kind
     format_version  FORMAT_VERSION when it was made
     config          every setting, paths as the recipe names them, without the output folder
+                    and when checkpoints are saved
     inputs          path as the recipe names it -> SHA-256 of the file or folder
 
 Equal lineage means equal results, so a finished stage is skipped exactly when nothing in it
@@ -21,6 +22,8 @@ from fastrl.errors import DataError
 FORMAT_VERSION = 1
 """Raised when the same settings and inputs begin to give other results."""
 
+_WITHOUT_EFFECT = frozenset({"output_dir", "save_steps", "save_minutes", "save_total_limit"})
+"""Settings that no result depends on."""
 _CHUNK_BYTES = 1 << 20
 
 
@@ -55,7 +58,7 @@ def make_lineage(kind: str, config: Mapping[str, Any], inputs: Mapping[str, Path
 
     Args:
         kind: Stage kind.
-        config: Settings as plain values; `output_dir` is left out of the record.
+        config: Settings as plain values; `output_dir` and `save_*` are left out.
         inputs: Path as the recipe names it -> where it is.
     Raises:
         DataError: when an input does not exist.
@@ -63,7 +66,7 @@ def make_lineage(kind: str, config: Mapping[str, Any], inputs: Mapping[str, Path
     return {
         "kind": kind,
         "format_version": FORMAT_VERSION,
-        "config": {key: value for key, value in config.items() if key != "output_dir"},
+        "config": {key: value for key, value in config.items() if key not in _WITHOUT_EFFECT},
         "inputs": {name: hash_path(path) for name, path in sorted(inputs.items())},
     }
 

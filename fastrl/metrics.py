@@ -18,7 +18,9 @@ import torch
 import yaml
 
 from fastrl.backends import chosen_backends
+from fastrl.checkpoints import Checkpoint
 from fastrl.config import to_dict
+from fastrl.continuation import cut_files, refuse_used_folder
 from fastrl.errors import ConfigError
 from fastrl.memory.arena import gpu_peak_bytes
 
@@ -125,6 +127,8 @@ class RunFolder:
         report_to: Extra sinks: "tensorboard".
         device: Where the stage runs, for run.json and peak memory.
         lineage: What the run was made from (hashes of data and parent models), for run.json.
+        checkpoint: Continue the run that the folder holds from here: what was appended to its
+            files since then is cut off, to be written again. See `fastrl.continuation`.
     Raises:
         ConfigError: when the folder holds anything already, or a sink is not installed.
     """
@@ -138,11 +142,14 @@ class RunFolder:
         report_to: Sequence[str] = (),
         device: torch.device | str = "cpu",
         lineage: Mapping[str, Any] | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         self.path = Path(path)
         self.stage = stage
         self.device = torch.device(device)
-        _refuse_used_folder(self.path)
+        self.checkpoint = checkpoint
+        if checkpoint is None:
+            refuse_used_folder(self.path)
         for sink in report_to:
             _check_sink(sink)
         self._is_new = not self.path.exists()
@@ -150,10 +157,16 @@ class RunFolder:
         self._begin = time.time()
         settings = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
         write_atomic(self.path / "config.yaml", settings)
-        self.update_run({"stage": stage, "started_at": _utc(self._begin),
-                         "versions": _versions(), "device": _describe(self.device),
-                         "lineage": dict(lineage or {})})
-        self._tensorboard = _tensorboard_writer(self.path) if "tensorboard" in report_to else None
+        machine = {"versions": _versions(), "device": _describe(self.device)}
+        if checkpoint is None:
+            self.update_run({"stage": stage, "started_at": _utc(self._begin), **machine,
+                             "lineage": dict(lineage or {})})
+        else:
+            cut_files(self.path, checkpoint.facts["files"])
+            self.update_run({"resumed_at": _utc(self._begin), "resumed_from": checkpoint.step,
+                             **machine})
+        self._tensorboard = None if "tensorboard" not in report_to else _tensorboard_writer(
+            self.path, None if checkpoint is None else checkpoint.step + 1)
 
     @property
     def model_path(self) -> Path:
@@ -237,27 +250,6 @@ class RunFolder:
         self.close()
 
 
-def _refuse_used_folder(path: Path) -> None:
-    """Raise ConfigError unless `path` is free: absent, or an empty folder."""
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise ConfigError(f"output_dir: expected a folder, got the file {path}; choose another "
-                          "output_dir")
-    entries = sorted(entry.name for entry in path.iterdir())
-    if not entries:
-        return
-    remedy = "choose another output_dir, or delete the folder"
-    if "finished.json" in entries:
-        held = "a finished run"
-    elif "run.json" in entries:
-        held = "a run that did not finish"
-    else:
-        held, remedy = f"other files ({', '.join(entries[:3])})", "choose another output_dir"
-    raise ConfigError(f"output_dir: expected a new or empty folder, got {path}, which holds {held};"
-                      f" {remedy}")
-
-
 def _check_sink(name: str) -> None:
     """Raise ConfigError when a sink is unknown or its package is missing."""
     if name != "tensorboard":
@@ -268,11 +260,14 @@ def _check_sink(name: str) -> None:
                           "report_to (metrics.jsonl is always written)")
 
 
-def _tensorboard_writer(path: Path) -> Any:
-    """A TensorBoard writer into `path/tensorboard`; the import takes a second, so it is local."""
+def _tensorboard_writer(path: Path, purge_step: int | None) -> Any:
+    """A TensorBoard writer into `path/tensorboard`; what is there from `purge_step` on is hidden.
+
+    The import takes a second, so it is local.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(log_dir=str(path / "tensorboard"))
+    return SummaryWriter(log_dir=str(path / "tensorboard"), purge_step=purge_step)
 
 
 def _versions() -> dict[str, str | None]:

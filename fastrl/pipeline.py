@@ -1,8 +1,9 @@
 """The stages of a recipe in order: checked first, skipped when nothing changed, traceable later.
 
-A stage's folder is `<output_dir>/<stage name>`. Nothing is ever deleted: a folder that is in the
-way is renamed to `<stage name>.interrupted-1` (a run that did not end) or `.old-1` (asked for with
-`from_stage`), counting up.
+A stage's folder is `<output_dir>/<stage name>`. A stage that was stopped goes on from its newest
+checkpoint when its settings and inputs are unchanged. No run is ever deleted: a folder that is in
+the way is renamed to `<stage name>.interrupted-1` (a run that did not end and cannot go on) or
+`.old-1` (asked for with `from_stage`), counting up.
 """
 
 import json
@@ -12,9 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastrl.checkpoints import Checkpoint
 from fastrl.config import to_dict
 from fastrl.console import Console
-from fastrl.errors import ConfigError, DataError
+from fastrl.continuation import find_checkpoint
+from fastrl.errors import CheckpointError, ConfigError, DataError
 from fastrl.lineage import lineage_changes, make_lineage
 from fastrl.metrics import write_atomic
 from fastrl.recipe import Recipe, Stage, load_recipe, local_paths, resolve_path, resolve_stage
@@ -37,6 +40,7 @@ def run_recipe(
     overrides: Sequence[str] = (),
     short: bool = False,
     from_stage: str | None = None,
+    from_scratch: bool = False,
     console: Console,
 ) -> Path:
     """Run the stages of a recipe that are not finished yet, then write the report.
@@ -51,6 +55,7 @@ def run_recipe(
         overrides: `stage.field=value`, applied last.
         short: Run the recipe's short form.
         from_stage: Run this stage and all later ones again; their folders are renamed.
+        from_scratch: Run a stage that was stopped from its beginning; its folder is renamed.
         console: Where headers, progress and tables are shown.
     Returns:
         The report.
@@ -73,7 +78,7 @@ def run_recipe(
             _move_aside(output_dir / stage.name, "old")
         write_atomic(output_dir / "recipe.json", json.dumps({"name": plan.name}) + "\n")
         for stage in plan.stages:
-            _run_or_skip(stage, output_dir, data_root, console)
+            _run_or_skip(stage, output_dir, data_root, console, from_scratch=from_scratch)
         return write_report(output_dir)
 
 
@@ -99,16 +104,32 @@ def _only_run(output_dir: Path) -> Iterator[None]:
         yield
 
 
-def _run_or_skip(stage: Stage, output_dir: Path, data_root: Path, console: Console) -> None:
+def _run_or_skip(stage: Stage, output_dir: Path, data_root: Path, console: Console, *,
+                 from_scratch: bool) -> None:
     folder = output_dir / stage.name
     if _is_finished(stage, output_dir, data_root):
         console.stage(stage.name, "finished before; settings and inputs are unchanged, skipped")
         return
+    lineage, checkpoint = _lineage(stage, output_dir, data_root), None
     if (folder / "run.json").exists():
-        moved = _move_aside(folder, "interrupted")
-        console.print(f"{stage.name}: an unfinished run was moved to {moved.name}")
+        checkpoint = _checkpoint_or_move(folder, lineage, console, from_scratch=from_scratch)
     run_stage(stage.kind, resolve_stage(stage, output_dir, data_root), console=console,
-              name=stage.name, lineage=_lineage(stage, output_dir, data_root))
+              name=stage.name, lineage=lineage, checkpoint=checkpoint)
+
+
+def _checkpoint_or_move(folder: Path, lineage: Mapping[str, Any], console: Console, *,
+                        from_scratch: bool) -> Checkpoint | None:
+    """Where an unfinished run goes on; None when it was moved aside, which is said with why."""
+    try:
+        if from_scratch:
+            raise CheckpointError("--from_scratch was given")
+        checkpoint = find_checkpoint(folder, lineage)
+    except CheckpointError as error:
+        moved = _move_aside(folder, "interrupted")
+        console.print(f"{folder.name}: an unfinished run was moved to {moved.name}: {error}")
+        return None
+    console.print(f"{folder.name}: continues after step {checkpoint.step}")
+    return checkpoint
 
 
 def _lineage(stage: Stage, output_dir: Path, data_root: Path) -> dict[str, Any]:

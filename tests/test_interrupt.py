@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from fastrl.interrupt import Terminated, terminated_by_signal
+from fastrl.interrupt import Terminated, deferred, terminated_by_signal
 
 LIVE_BAR = """
 import sys, time
@@ -79,3 +79,33 @@ def test_another_thread_leaves_signals_alone():
     thread.start()
     thread.join()
     assert seen == [signal.getsignal(signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("number, raised", [
+    (signal.SIGTERM, Terminated), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_deferred_signal_waits_and_the_next_one_does_not(number, raised, capfd):
+    with terminated_by_signal():
+        handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+        with deferred() as request:
+            os.kill(os.getpid(), number)
+            assert request.signal == number
+            with pytest.raises(raised):
+                request.answer()
+            request.signal = None
+        assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+        with pytest.raises(raised), deferred() as request:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            pytest.fail("the second one waited")
+    assert "a second signal stops at once" in capfd.readouterr().err
+
+
+def test_a_request_that_nobody_answers_is_answered_at_the_end():
+    with pytest.raises(KeyboardInterrupt), deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_signals_that_nobody_handles_are_not_deferred():
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with deferred():
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -65,6 +65,13 @@ class TrainConfig:
     """Steps that are skipped in a row before the run stops all the same."""
     stop_at_alarms: tuple[str, ...] = ()
     """Alarms that end the run, by name (docs/alarms.md); the others only warn."""
+    save_steps: int | None = None
+    """Save a checkpoint every so many steps; None: by time, see save_minutes."""
+    save_minutes: float | None = 10.0
+    """Save a checkpoint when the last one is so many minutes old; None without save_steps: only
+    when the run is asked to stop."""
+    save_total_limit: int = 2
+    """How many checkpoints of a run stay on the disk."""
     report_to: tuple[str, ...] = ()
     """Extra metric sinks beside metrics.jsonl: tensorboard."""
 
@@ -83,7 +90,8 @@ class TrainConfig:
             check(0 <= getattr(self, name) <= 1, name, "a number from 0 to 1", getattr(self, name))
         check(self.on_nonfinite in ("stop", "skip"), "on_nonfinite", "'stop' or 'skip'",
               self.on_nonfinite)
-        check_positive(self, ("max_skipped_steps",))
+        check_positive(self, ("max_skipped_steps", "save_steps", "save_minutes",
+                              "save_total_limit"))
         for alarm in self.stop_at_alarms:
             check(alarm in KINDS, "stop_at_alarms", f"names of alarms ({', '.join(KINDS)})", alarm)
         for sink in self.report_to:

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastrl.checkpoints import Checkpoint
 from fastrl.config import to_dict
 from fastrl.console import Console
 from fastrl.errors import ConfigError, DataError, ModelError
@@ -20,7 +21,7 @@ from fastrl.stages.world import world
 from fastrl.trainers.common import resolve_device
 from fastrl.yaml_file import unknown_key
 
-__all__ = ["run_stage"]
+__all__ = ["run_stage", "stage_lineage"]
 
 _STAGES: dict[str, Callable[..., None]] = {
     "world": world,
@@ -40,7 +41,8 @@ _STAGES: dict[str, Callable[..., None]] = {
 
 
 def run_stage(kind: str, config: StageRun, *, console: Console, name: str | None = None,
-              lineage: Mapping[str, Any] | None = None) -> Path:
+              lineage: Mapping[str, Any] | None = None,
+              checkpoint: Checkpoint | None = None) -> Path:
     """Run one stage from its settings to its finished folder.
 
     The stage's inputs are read and checked first; nothing is written when they are wrong.
@@ -51,6 +53,7 @@ def run_stage(kind: str, config: StageRun, *, console: Console, name: str | None
         console: Where the header, progress and tables are shown.
         name: What the header says; the kind unless told.
         lineage: See fastrl.lineage; made from config and inputs unless told.
+        checkpoint: Continue the run in the folder from here, see `fastrl.continuation`.
     Returns:
         The folder, `config.output_dir`.
     Raises:
@@ -62,11 +65,11 @@ def run_stage(kind: str, config: StageRun, *, console: Console, name: str | None
         raise ConfigError(unknown_key(kind, _STAGES, "stage kind"))
     console.stage(name or kind, config.output_dir)
     if lineage is None:
-        lineage = make_lineage(kind, to_dict(config),
-                               {path: Path(path) for _, path in local_paths(config)})
+        lineage = stage_lineage(kind, config)
     make_folder = partial(RunFolder, config.output_dir, config, stage=kind,
                           report_to=getattr(config, "report_to", ()),
-                          device=resolve_device(getattr(config, "device", "cpu")), lineage=lineage)
+                          device=resolve_device(getattr(config, "device", "cpu")), lineage=lineage,
+                          checkpoint=checkpoint)
     opened: list[RunFolder] = []
 
     def open_folder() -> RunFolder:
@@ -81,3 +84,13 @@ def run_stage(kind: str, config: StageRun, *, console: Console, name: str | None
             folder.remove_if_unused()
         raise
     return Path(config.output_dir)
+
+
+def stage_lineage(kind: str, config: StageRun) -> dict[str, Any]:
+    """The lineage of a stage that is no part of a recipe: inputs go by their paths.
+
+    Raises:
+        DataError: when an input does not exist.
+    """
+    return make_lineage(kind, to_dict(config),
+                        {path: Path(path) for _, path in local_paths(config)})

@@ -73,6 +73,7 @@ def pretrain(run: PretrainRun, open_folder: OpenFolder, console: Console) -> Non
         console.print(f"{num_parameters:,} parameters, {len(windows):,} windows of "
                       f"{run.window_tokens} tokens")
         trainer = SFTTrainer(run, model, windows, eval=held_out, run=folder)
+        _resume(trainer, folder)
         with _progress(run, console, model, encoder, trainer.num_steps) as progress:
             trainer.train(progress)
         save_causal_lm(model, folder.model_path, tokenizer_from=encoder.path)
@@ -107,11 +108,19 @@ def sft(run: SFTRun, open_folder: OpenFolder, console: Console) -> None:
         judge = Judge(scorer, prompts, SamplingConfig(), EngineConfig(), run.seed)
     with open_folder() as folder:
         trainer = SFTTrainer(run, model, train, eval=held_out, ptx=windows, run=folder, score=judge)
+        _resume(trainer, folder)
         with _progress(run, console, model, encoder, trainer.num_steps) as progress:
             trainer.train(progress)
         save_causal_lm(model, folder.model_path, tokenizer_from=encoder.path)
         folder.finish({"demonstrations": len(train), "held_out": len(held_out),
                        "steps": trainer.num_steps, "selected_step": trainer.selected_step})
+
+
+def _resume(trainer: SFTTrainer | RewardTrainer | PPOTrainer | DPOTrainer,
+            folder: RunFolder) -> None:
+    """Put the state of the checkpoint that a run continues from, if any, into its trainer."""
+    if folder.checkpoint is not None:
+        trainer.load_state(folder.checkpoint.load())
 
 
 @contextmanager
@@ -159,6 +168,7 @@ def reward(run: RewardRun, open_folder: OpenFolder, console: Console) -> None:
     with open_folder() as folder:
         trainer = RewardTrainer(run, model, train, eval=held_out, demonstrations=demonstrations,
                                 run=folder)
+        _resume(trainer, folder)
         with console.progress("reward", trainer.num_steps) as progress:
             trainer.train(progress)
         save_scalar_model(model, folder.model_path, tokenizer_from=encoder.path)
@@ -229,7 +239,9 @@ def ppo(run: PPORun, open_folder: OpenFolder, console: Console) -> None:
             eval_prompts=held_out, ptx=windows, eval_ptx=held_out_windows, run=folder,
             encoder=encoder, watch=RewardWatch(run.watch, gold, folder),
             expected_scores=expected_scores(run))
-        write_baseline(run, trainer, folder)
+        if folder.checkpoint is None:  # else it is there, of the policy before training
+            write_baseline(run, trainer, folder)
+        _resume(trainer, folder)
         with _progress(run, console, policy, encoder, trainer.num_steps, run.sampling) as progress:
             reason = _train_or_save(trainer, progress, folder, encoder)
         save_causal_lm(policy, folder.model_path, tokenizer_from=encoder.path)
@@ -284,6 +296,7 @@ def dpo(run: DPORun, open_folder: OpenFolder, console: Console) -> None:
     with open_folder() as folder:
         trainer = DPOTrainer(run, policy, train, reference=reference, eval=held_out, run=folder)
         reference = None  # its log-probs are known
+        _resume(trainer, folder)
         with _progress(run, console, policy, encoder, trainer.num_steps) as progress:
             trainer.train(progress)
         save_causal_lm(policy, folder.model_path, tokenizer_from=encoder.path)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastrl.alarms import Circumstances
 from fastrl.checkpoints import State
+from fastrl.checkpoints.saver import Saver
 from fastrl.config import DPOConfig
 from fastrl.errors import DataError
 from fastrl.losses import dpo_loss
@@ -186,22 +187,24 @@ class DPOTrainer:
     def train(self, progress: Progress | None = None) -> None:
         """Every step that is left, with evaluations."""
         progress = progress or SilentProgress()
-        while self.num_finished < self.num_steps:
-            metrics = self.step()
-            step, every = self.num_finished, self.config.eval_steps
-            evaluate = bool(self.eval) and (step == self.num_steps
-                                            or (every is not None and step % every == 0))
-            if evaluate:
-                timer = PhaseTimer()
-                with timer.phase("eval"):
-                    metrics |= self.evaluate()
-                metrics["time/eval_s"] = timer.metrics()["time/eval_s"]
-            due = step % self.config.logging_steps == 0 or step == self.num_steps or evaluate
-            metrics |= self.alarms.look(step, metrics)
-            if self.run is not None and due:
-                self.run.log(step, metrics)
-            self.alarms.stop_if_asked(step)
-            progress.update(step, metrics)
+        with Saver(self.config, self.run, self.state) as saver:
+            while self.num_finished < self.num_steps:
+                metrics = self.step()
+                step, every = self.num_finished, self.config.eval_steps
+                evaluate = bool(self.eval) and (step == self.num_steps
+                                                or (every is not None and step % every == 0))
+                if evaluate:
+                    timer = PhaseTimer()
+                    with timer.phase("eval"):
+                        metrics |= self.evaluate()
+                    metrics["time/eval_s"] = timer.metrics()["time/eval_s"]
+                due = step % self.config.logging_steps == 0 or step == self.num_steps or evaluate
+                metrics |= self.alarms.look(step, metrics)
+                if self.run is not None and due:
+                    self.run.log(step, metrics)
+                self.alarms.stop_if_asked(step)
+                progress.update(step, metrics)
+                saver.after_step(step)
 
     def state(self) -> State:
         """All that the steps that are left depend on; tensors by reference."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastrl.alarms import Circumstances
 from fastrl.checkpoints import State
+from fastrl.checkpoints.saver import Saver
 from fastrl.config import PPOConfig
 from fastrl.engine import Engine
 from fastrl.exactness import choose_products, exact_math
@@ -227,9 +228,12 @@ class PPOTrainer:
             Why training ended, in words.
         """
         progress = progress or SilentProgress()
-        while self.iteration < self.num_steps and self.stop_reason is None:
-            metrics = self.step()
-            progress.update(self.iteration, metrics)
+        with Saver(self.config, self.run, self.state) as saver:
+            while self.iteration < self.num_steps and self.stop_reason is None:
+                metrics = self.step()
+                progress.update(self.iteration, metrics)
+                if self.iteration > 0:  # a watch may end the run before
+                    saver.after_step(self.iteration)
         with self.residents.phase("evaluation", "policy", "ema"):
             if self.run is not None:
                 self.weights.save_other(self.run.path)

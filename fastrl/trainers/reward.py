@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastrl.alarms import Circumstances
 from fastrl.checkpoints import State
+from fastrl.checkpoints.saver import Saver
 from fastrl.config import RewardConfig
 from fastrl.memory.measure import MemoryWatch, device_of, fitted
 from fastrl.memory.shapes import shape_of_model
@@ -149,21 +150,23 @@ class RewardTrainer:
     def train(self, progress: Progress | None = None) -> None:
         """Every step that is left, the shift, and the report on the held-out rankings."""
         progress = progress or SilentProgress()
-        while self.num_finished < self.num_steps:
-            metrics = self.step()
-            step, every = self.num_finished, self.config.eval_steps
-            evaluate = bool(self.eval) and (step == self.num_steps
-                                            or (every is not None and step % every == 0))
-            if step == self.num_steps:
-                metrics["reward/bias"] = self.shift()
-            if evaluate:
-                metrics |= self._eval_metrics()
-            due = step % self.config.logging_steps == 0 or step == self.num_steps or evaluate
-            metrics |= self.alarms.look(step, metrics)
-            if self.run is not None and due:
-                self.run.log(step, metrics)
-            self.alarms.stop_if_asked(step)
-            progress.update(step, metrics)
+        with Saver(self.config, self.run, self.state) as saver:
+            while self.num_finished < self.num_steps:
+                metrics = self.step()
+                step, every = self.num_finished, self.config.eval_steps
+                evaluate = bool(self.eval) and (step == self.num_steps
+                                                or (every is not None and step % every == 0))
+                if step == self.num_steps:
+                    metrics["reward/bias"] = self.shift()
+                if evaluate:
+                    metrics |= self._eval_metrics()
+                due = step % self.config.logging_steps == 0 or step == self.num_steps or evaluate
+                metrics |= self.alarms.look(step, metrics)
+                if self.run is not None and due:
+                    self.run.log(step, metrics)
+                self.alarms.stop_if_asked(step)
+                progress.update(step, metrics)
+                saver.after_step(step)
 
     def state(self) -> State:
         """All that the steps that are left depend on; tensors by reference."""

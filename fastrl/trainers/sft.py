@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastrl.alarms import Circumstances
 from fastrl.checkpoints import State
+from fastrl.checkpoints.saver import Saver
 from fastrl.config import SFTConfig
 from fastrl.errors import ConfigError
 from fastrl.memory.measure import MemoryWatch, device_of, fitted
@@ -172,17 +173,19 @@ class SFTTrainer:
         progress = progress or SilentProgress()
         if self.run is not None and self.eval and self.num_finished == 0:
             self.run.log(0, {"loss/eval": self._eval_loss()})
-        while self.num_finished < self.num_steps:
-            metrics = self.step()
-            step = self.num_finished
-            if step in self.eval_points:
-                metrics |= self._evaluate(step)
-            due = step % self.config.logging_steps == 0 or step in self.eval_points
-            metrics |= self.alarms.look(step, metrics)
-            if self.run is not None and due:
-                self.run.log(step, metrics)
-            self.alarms.stop_if_asked(step)
-            progress.update(step, metrics)
+        with Saver(self.config, self.run, self.state) as saver:
+            while self.num_finished < self.num_steps:
+                metrics = self.step()
+                step = self.num_finished
+                if step in self.eval_points:
+                    metrics |= self._evaluate(step)
+                due = step % self.config.logging_steps == 0 or step in self.eval_points
+                metrics |= self.alarms.look(step, metrics)
+                if self.run is not None and due:
+                    self.run.log(step, metrics)
+                self.alarms.stop_if_asked(step)
+                progress.update(step, metrics)
+                saver.after_step(step)
         if self._best is not None:
             with torch.no_grad():
                 for parameter, weight in zip(trained_parameters(self.model), self._best[1],
