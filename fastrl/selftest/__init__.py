@@ -1,0 +1,1 @@
+"""Disks that fail: faults at every operation of a checkpoint, and what a power loss leaves."""
