@@ -163,7 +163,7 @@ class CheckpointStore:
         except OSError as error:
             self._try_to(self._clean)
             raise CheckpointError(self._failure(step, error)) from error
-        self._try_to(self._remove_old)
+        self._try_to(lambda: self._remove_others(step))
 
     def _is_there(self, final: Path) -> bool:
         """True where the checkpoint is whole; a damaged one is moved out of the way."""
@@ -177,10 +177,16 @@ class CheckpointStore:
             return False
         return True
 
-    def _remove_old(self) -> None:
-        """All but the last `keep` and the best go, oldest first."""
-        paths = [self.folder / folder_name(step) for step in self.steps()]
+    def _remove_others(self, saved: int) -> None:
+        """All but the last `keep` up to the one just saved and the best go, oldest first.
+
+        Later ones are damaged, or of a run that is now being replayed: they would take the place
+        of whole ones.
+        """
+        steps = self.steps()
+        paths = [self.folder / folder_name(step) for step in steps if step <= saved]
         best = next((path for path in reversed(paths) if is_best_checkpoint(path)), None)
+        self._remove([self.folder / folder_name(step) for step in reversed(steps) if step > saved])
         self._remove([path for path in paths[:-self.keep] if path != best])
 
     def _remove(self, paths: list[Path]) -> None:

@@ -207,6 +207,14 @@ def test_a_replayed_run_drops_what_came_later(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
 
 
+def test_a_later_damaged_one_takes_no_place_of_a_whole_one(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1, in_background=False)
+    store.save(3, some_state(3))
+    (tmp_path / "step-00000003" / "state.json").write_text("{}")
+    store.save(2, some_state(2))
+    assert saved_steps(tmp_path) == ["step-00000002"]
+
+
 def test_a_damaged_one_is_named_and_the_one_before_is_taken(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -289,6 +297,17 @@ def test_another_format_is_refused_with_its_version(tmp_path: Path, version: int
     with pytest.raises(CheckpointError, match=f"format version {version} where this fastrl reads 1:"
                                               " continue with the fastrl that wrote it"):
         Checkpoint(golden(tmp_path, version))
+
+
+@pytest.mark.parametrize(("old", "new"), [('": 1,', '":  1,'), ("{", '{"more": 0,'),
+                                          ("\n}\n", "\n}")])
+def test_a_manifest_is_as_it_was_written(tmp_path: Path, old: str, new: str) -> None:
+    file = golden(tmp_path) / "manifest.json"
+    text = file.read_text()
+    file.write_text(text.replace(old, new, 1))
+    assert file.read_text() != text
+    with pytest.raises(CheckpointError, match="manifest.json that is damaged"):
+        Checkpoint(file.parent)
 
 
 def test_whole_files_that_hold_something_else_are_refused(tmp_path: Path) -> None:
