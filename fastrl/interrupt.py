@@ -44,10 +44,11 @@ class Request:
     signal: int | None = None
 
     def answer(self) -> None:
-        """Raise what the signal would have raised."""
-        if self.signal == signal.SIGTERM:
+        """Raise what the signal would have raised, once."""
+        number, self.signal = self.signal, None
+        if number == signal.SIGTERM:
             raise Terminated
-        if self.signal == signal.SIGINT:
+        if number == signal.SIGINT:
             raise KeyboardInterrupt
 
 
@@ -73,7 +74,7 @@ def deferred() -> Iterator[Request]:
         request.signal = number
         restore()
         # Not print: a signal may come in the middle of another one.
-        os.write(2, b"\nfastrl: stops after this step, with a checkpoint; "
+        os.write(2, b"\nfastrl: stops after this step or in this rollout, with a checkpoint; "
                     b"a second signal stops at once\n")
 
     for number in handlers:

@@ -33,6 +33,7 @@ class Saver:
         self._store = None if run is None else CheckpointStore(run.path / FOLDER,
                                                                keep=config.save_total_limit)
         self._exits, self._request, self._saved_at = ExitStack(), Request(), time.monotonic()
+        self._step, self._is_discarded = 0, False
 
     def __enter__(self) -> "Saver":
         if self.run is not None:
@@ -45,6 +46,8 @@ class Saver:
         if self._store is None:
             return
         try:
+            if self._is_discarded and self._step:
+                self._save()
             self._store.wait()
         except CheckpointError as failure:
             if error is None:
@@ -60,15 +63,32 @@ class Saver:
             Terminated, KeyboardInterrupt: the signal that came, when the checkpoint is durable.
             CheckpointError: when the disk does not take this checkpoint, or the one before.
         """
-        if self.run is None or self._store is None:
+        if self._store is None:
             return
+        self._step = step
         if self._request.signal is not None or self._is_due(step):
-            self._store.save(step, self._state(), facts={"stage": self.run.stage,
-                                                         "files": file_sizes(self.run.path)})
-            self._saved_at = time.monotonic()
+            self._save()
         if self._request.signal is not None:
             self._store.wait()
             self._request.answer()
+
+    def in_rollout(self, *progress: int) -> None:
+        """`on_progress` of a rollout that nothing has been learned from yet: a signal ends it.
+
+        The state is still that of the last step, and is saved when the trainer has left the block.
+
+        Raises:
+            Terminated, KeyboardInterrupt: the signal that came.
+        """
+        if self._request.signal is not None:
+            self._is_discarded = True
+            self._request.answer()
+
+    def _save(self) -> None:
+        assert self.run is not None and self._store is not None
+        self._store.save(self._step, self._state(), facts={"stage": self.run.stage,
+                                                           "files": file_sizes(self.run.path)})
+        self._saved_at = time.monotonic()
 
     def _is_due(self, step: int) -> bool:
         steps, minutes = self.config.save_steps, self.config.save_minutes

@@ -21,6 +21,7 @@ from fastrl.checkpoints import State
 from fastrl.checkpoints.saver import Saver
 from fastrl.config import PPOConfig
 from fastrl.engine import Engine
+from fastrl.engine.engine import Progress as EngineProgress
 from fastrl.exactness import choose_products, exact_math
 from fastrl.exactness.sweep import warn_of_failures
 from fastrl.kl_control import make_kl_controller
@@ -186,6 +187,7 @@ class PPOTrainer:
         self.num_recomputed = 0
         self.score_std: float | None = None
         self.stop_reason: str | None = None
+        self._on_progress: EngineProgress | None = None
 
     def _critic_learner(self, config: PPOConfig, critic: ScalarModel) -> CriticLearner:
         """The critic's steps, their optimiser among the residents."""
@@ -229,6 +231,7 @@ class PPOTrainer:
         """
         progress = progress or SilentProgress()
         with Saver(self.config, self.run, self.state) as saver:
+            self._on_progress = saver.in_rollout
             while self.iteration < self.num_steps and self.stop_reason is None:
                 metrics = self.step()
                 progress.update(self.iteration, metrics)
@@ -276,6 +279,7 @@ class PPOTrainer:
             prompts, config.sampling,
             seed=derive_seed(config.seed, "rollout", self.iteration),
             num_samples_per_prompt=config.num_samples_per_prompt,
+            on_progress=self._on_progress,
         ), "rollout")
         greedy = None if config.advantage != "remax" else compute(
             lambda: self.engine.generate(prompts, greedy_sampling(config), seed=config.seed),

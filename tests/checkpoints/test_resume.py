@@ -219,6 +219,39 @@ def test_when_checkpoints_are_saved_may_change(data: Path, whole: Path, tmp_path
     assert done[3] == ("sft", 3)
 
 
+def test_a_signal_ends_a_rollout_and_the_iteration_before_is_saved(
+    data: Path, whole: Path, tmp_path: Path, steps: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done, deadly = steps
+    settings = "ppo.save_steps=100"
+    deadly["ppo"] = 1
+    with pytest.raises(Killed):
+        run(data, tmp_path / "run", settings)
+    update = PPOTrainer._update
+
+    def update_and_ask(self: Any, *args: Any) -> Any:
+        """Sends a signal at the beginning of the third rollout."""
+        generate = self.engine.generate
+
+        def ask(*prompts: Any, **options: Any) -> Any:
+            if self.iteration == 2 and "on_progress" in options:
+                os.kill(os.getpid(), signal.SIGINT)
+            return generate(*prompts, **options)
+
+        if self.iteration == 1:
+            monkeypatch.setattr(self.engine, "generate", ask)
+        return update(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PPOTrainer, "_update", update_and_ask)
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path / "run", settings)
+    assert done[-1] == ("ppo", 2)
+    printed = run(data, tmp_path / "run", settings)
+    assert "ppo: continues after step 2" in printed and done[-2:] == [("ppo", 3), ("ppo", 4)]
+    same(whole / "ppo", tmp_path / "run/ppo")
+
+
 def read_if_there(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
