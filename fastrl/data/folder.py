@@ -184,7 +184,8 @@ def _convert_slow(folder: Path) -> str:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True,
+                                                  trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{folder}: expected tokenizer.json, or a tokenizer that transformers can "
                          f"convert, got: {error}; save a tokenizer.json") from error

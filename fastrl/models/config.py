@@ -8,6 +8,8 @@ from fastrl.models.spec import ModelSpec
 
 FamilyName = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox"]
 
+MAX_SIZE, MAX_SIZES = 2**26, {"num_layers": 2**13, "max_positions": 2**31, "num_heads": 2**16}
+"""Largest sizes: what a config.json that lies could ask for before its weights are looked at."""
 ACTIVATION_NAMES = ("silu", "relu", "gelu", "gelu_new", "gelu_pytorch_tanh")
 
 
@@ -72,7 +74,8 @@ class DecoderConfig:
 
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
                       "num_kv_heads", "head_dim", "max_positions"):
-            expect(getattr(self, field) >= 1, field, "a whole number of at least 1")
+            expect(1 <= getattr(self, field) <= MAX_SIZES.get(field, MAX_SIZE), field,
+                   f"a whole number from 1 to {MAX_SIZES.get(field, MAX_SIZE):,}")
         expect(self.num_heads % self.num_kv_heads == 0, "num_kv_heads",
                f"a divisor of the {self.num_heads} query heads")
         expect(self.activation in ACTIVATION_NAMES, "activation", f"one of {ACTIVATION_NAMES}")

@@ -144,6 +144,9 @@ class WeightFiles:
         if not isinstance(weight_map, dict):
             raise ModelError(f"{self.folder / INDEX_NAME}: expected the key weight_map, found "
                              "none; get the file anew")
+        if not all(isinstance(name, str) for name in weight_map.values()):
+            raise ModelError(f"{self.folder / INDEX_NAME}: expected the name of a file for each "
+                             "tensor in weight_map, got another value; get the file anew")
         for name in set(weight_map.values()):
             if Path(str(name)).name != name or not (self.folder / name).is_file():
                 raise ModelError(f"{self.folder}: {INDEX_NAME} names the shard {name!r}, which is "
