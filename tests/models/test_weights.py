@@ -291,10 +291,14 @@ def test_names_and_shapes_that_do_not_fit_are_listed(copied):
         assert part in str(error.value)
 
 
-def test_huge_config_is_refused_before_memory_is_taken(copied):
+@pytest.mark.parametrize(("size", "expected"), [
+    (2**26, "expected \\[67108864, 40\\]"),
+    (10**12, "intermediate_size: expected a whole number from 1 to 67,108,864, got 1000000000000"),
+])
+def test_huge_config_is_refused_before_memory_is_taken(copied, size, expected):
     folder = copied("llama")
-    edit_json(folder / "config.json", intermediate_size=10**12)
-    with pytest.raises(ModelError, match="expected \\[1000000000000, 40\\]"):
+    edit_json(folder / "config.json", intermediate_size=size)
+    with pytest.raises(ModelError, match=expected):
         load_causal_lm(folder)
 
 
