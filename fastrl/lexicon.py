@@ -52,7 +52,7 @@ def score_lexicon(text: str, num_slots: int) -> float:
         >>> score_lexicon("She was happy, so happy! She smiled and was not sad.", 64)
         1.0
     """
-    families = {_FAMILY[word] for word in _WORD.findall(text.lower()) if word in _FAMILY}
+    families = set(_families(text))
     num_positive = len(families & _POSITIVE)
     return _SLOTS * (2 * num_positive - len(families)) / num_slots
 
@@ -70,6 +70,10 @@ def count_lexicon(text: str, num_slots: int) -> float:
         >>> count_lexicon("She was happy, so happy! She smiled and was not sad.", 64)
         2.0
     """
-    signs = [1 if _FAMILY[word] in _POSITIVE else -1
-             for word in _WORD.findall(text.lower()) if word in _FAMILY]
+    signs = [1 if family in _POSITIVE else -1 for family in _families(text)]
     return _SLOTS * sum(signs) / num_slots
+
+
+def _families(text: str) -> list[str]:
+    """The family of each word of a text that is in the lexicon, in order."""
+    return [_FAMILY[word] for word in _WORD.findall(text.lower()) if word in _FAMILY]
